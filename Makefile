@@ -1,0 +1,51 @@
+# make demo / make test work from a fresh clone: the first call makes .venv, later calls find it ready.
+#   PYTHON=python3.12        interpreter for .venv (3.10 to 3.13)
+#   TORCH=torch==2.13.0      what pip installs as torch, options allowed (an --index-url picks a CPU or a CUDA build)
+#   CONSTRAINTS=FILE         pip constraints, e.g. constraints/tested.txt for the versions that were tested
+#   ARGS="..."               passed on to the command of the target
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# One process on few cores: as many OpenMP threads as cores, and idle ones sleep instead of spinning.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint types bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/hypersd demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/hypersd bench --device cpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f hypersd/_C*.so
+
+# `make .venv` is the environment that every target uses.
+.PHONY: $(VENV)
+$(VENV): $(STAMP)
+
+# Installed again when the package's own requirements or its C++ sources change.
+$(STAMP): pyproject.toml $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(CONSTRAIN) "setuptools>=77" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(CONSTRAIN) $(TORCH)
+	$(PIP) install $(CONSTRAIN) --no-build-isolation -e ".[dev]"
+	touch $@
