@@ -1,0 +1,75 @@
+"""Finds and loads the C++ kernels (`hypersd/_C*.so`, libtorch stable ABI). Without them every op runs its reference.
+
+`HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512` caps the instruction set they use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+ISA_LEVELS = ("baseline", "avx2", "avx512")
+
+
+def source_hash(folder: Path) -> str:
+    """Fingerprint of the C++ sources; the build stores it in the library, so that a stale one is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _load() -> str:
+    """Load the library once; return why there is none, or the empty string."""
+    if os.environ.get("HYPERSD_NATIVE") == "0":
+        return "switched off by HYPERSD_NATIVE=0"
+    found = sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("_C*.pyd")])
+    if not found:
+        return f"no C++ kernels beside {PACKAGE.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load ({str(error).splitlines()[0]}); rebuild it with `{BUILD_COMMAND}`"
+    return ""
+
+
+def available() -> bool:
+    """Whether the C++ kernels are loaded (loads them on the first call)."""
+    return not _load()
+
+
+def status() -> str:
+    """One line for `explain` and `hypersd doctor`: which C++ kernels run, or why none do."""
+    reason = _load()
+    if reason:
+        return reason
+    sources = PACKAGE.parent / "csrc"
+    if sources.is_dir() and source_hash(sources) != build_hash():
+        return f"loaded ({isa()}), but csrc/ has changed since; rebuild with `{BUILD_COMMAND}`"
+    return f"loaded ({isa()})"
+
+
+def build_hash() -> str:
+    """Fingerprint of the sources that the loaded library was built from."""
+    return f"{torch.ops.hypersd._native_hash() & (2**64 - 1):016x}"
+
+
+def isa(force: str | None = None) -> str:
+    """The instruction set in use. `force` switches it (for tests); what the CPU lacks raises ValueError."""
+    if not available():
+        raise RuntimeError(f"no C++ kernels: {_load()}")
+    if force is not None and force not in (*ISA_LEVELS, "auto"):
+        raise ValueError(f"isa: got {force!r}, expected one of {(*ISA_LEVELS, 'auto')}")
+    level = -2 if force is None else -1 if force == "auto" else ISA_LEVELS.index(force)
+    chosen = int(torch.ops.hypersd._native_isa(level))
+    if force not in (None, "auto") and ISA_LEVELS[chosen] != force:
+        raise ValueError(f"isa: this CPU has no {force}; the widest it has is {ISA_LEVELS[chosen]}")
+    return ISA_LEVELS[chosen]

@@ -1,0 +1,251 @@
+"""The registry: an `Op` ties one definition to its implementations and hands it to torch.library.
+
+Two dispatcher names per op. `hypersd::NAME` has fake and autograd registered and is what torch.compile, export and
+callers of `torch.ops` see. `hypersd::_NAME` is the same kernel with autograd left out: registered autograd costs some
+5 us a call even without gradients, so the eager path calls this one, inside a thin autograd.Function when needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hypersd.kernels import _native
+from hypersd.kernels._cost import Cost, ceiling
+from hypersd.kernels._tune import Config, Program, interpreted, triton_missing
+
+LIBRARY = torch.library.Library("hypersd", "FRAGMENT")
+OPS: dict[str, Op] = {}
+IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
+_forced = "auto"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named inputs of a public function. Tests run every case; the benchmark those with `bench`.
+
+    `make_inputs(dtype, device, generator)` returns the keyword arguments of the public function, gradients off.
+    """
+
+    name: str
+    make_inputs: Callable[[torch.dtype, torch.device, torch.Generator], dict[str, Any]]
+    bench: bool = True
+
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> dict:
+        device = torch.device(device)
+        return self.make_inputs(dtype, device, torch.Generator(device).manual_seed(seed))
+
+
+@dataclass(eq=False)
+class Op:
+    """One operator. All callables take the schema's arguments by position; `check` raises TypeError or ValueError.
+
+    `reference` is the definition: plain torch, differentiable, exact in float64. `fallback` is what the dispatcher
+    runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
+    `backward(ctx, *grads)` returns one gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
+    `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    check: Callable[..., None] = lambda *args: None
+    fallback: Callable[..., Any] | None = None
+    triton: Callable[..., Any] | None = None
+    cpp: bool = False
+    differentiable: tuple[str, ...] = ()
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+    result: Callable[[Any], Any] | None = None
+    cases: tuple[Case, ...] = ()
+    cost: Callable[..., Cost] | None = None
+    config: Callable[..., Config] | None = None
+    programs: Callable[[], list[Program]] | None = None
+    function: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fallback = self.fallback or self.reference
+        names = [self.name, f"_{self.name}"] if self.backward else [self.name]
+        for name in names:
+            LIBRARY.define(f"{name}{self.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            LIBRARY.impl(name, self._checked(self.fallback), "CompositeExplicitAutograd")
+            if self.triton and not triton_missing():
+                LIBRARY.impl(name, self._checked(self.triton), "CUDA")
+            torch.library.register_fake(f"hypersd::{name}", self._checked(self.fake), lib=LIBRARY)
+        if self.backward:
+            backward, once = self.backward, once_differentiable(self.backward)
+
+            def run_backward(ctx: Any, *grads: Any) -> Any:
+                return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+            torch.library.register_autograd(
+                f"hypersd::{self.name}", run_backward, setup_context=self.setup_context, lib=LIBRARY
+            )
+            self._node = _make_node(self, run_backward)
+        LIBRARY.impl(names[-1], torch.library.fallthrough_kernel, "Autograd")
+        self.compiled = getattr(torch.ops.hypersd, self.name).default
+        self.raw = getattr(torch.ops.hypersd, names[-1]).default
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.check(*args)
+            return function(*args)
+
+        return run
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the schema's arguments, all given by position."""
+        if torch.compiler.is_compiling():
+            return self._reference(*args) if _forced == "reference" else self._take(self.compiled(*args))
+        if _forced != "auto":
+            return self._run_forced(*args)
+        try:
+            if self.backward and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return self._take(self._node.apply(*args))
+            return self._take(self.raw(*args))
+        except RuntimeError:
+            self.check(*args)  # C++ knows only RuntimeError: say it with the argument's name where we can
+            raise
+
+    def _take(self, output: Any) -> Any:
+        return self.result(output) if self.result else output
+
+    def _reference(self, *args: Any) -> Any:
+        self.check(*args)
+        return self.reference(*args)
+
+    def _run_forced(self, *args: Any) -> Any:
+        if _forced == "reference":
+            return self._reference(*args)
+        self.check(*args)
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        reason = self.unavailable(_forced, device)
+        if reason:
+            raise RuntimeError(f"use({_forced!r}): {self.name} cannot run so on {device}: {reason}")
+        if self.backward and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._take(self._node.apply(*args))
+        return self._take(self.run(*args))
+
+    def run(self, *args: Any) -> Any:
+        """The kernel below autograd, honouring `use`. Backward functions call their helper ops through this."""
+        if _forced == "auto":
+            return self.raw(*args)
+        if _forced == "triton" and self.triton:
+            return self.triton(*args)
+        return self.fallback(*args) if _forced == "reference" else self.raw(*args)  # type: ignore[misc]
+
+    def unavailable(self, implementation: str, device: torch.device) -> str:
+        """Why `implementation` cannot run on `device`; empty when it can."""
+        if implementation == "reference":
+            return ""
+        if implementation == "cpp":
+            if not self.cpp:
+                return "it has no C++ kernel"
+            return "C++ kernels run on the CPU" if device.type != "cpu" else "" if _native.available() else _native.status()
+        if implementation == "triton" and self.triton:
+            if triton_missing():
+                return triton_missing()
+            runs = device.type == "cuda" or interpreted()
+            return "" if runs else "Triton needs a GPU (or TRITON_INTERPRET=1 at start, for tests)"
+        return f"it has no {implementation} kernel"
+
+    def choose(self, device: torch.device) -> tuple[str, str]:
+        """(implementation, why) that a call on `device` takes now."""
+        if _forced != "auto":
+            return _forced, f"asked for by use({_forced!r})"
+        wanted = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+        if wanted is None:
+            return "reference", f"no kernel for device type {device.type}"
+        reason = self.unavailable(wanted, device)
+        return ("reference", reason) if reason else (wanted, f"the kernel for {device.type} tensors")
+
+    def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator of the one public function: puts the op into the registry."""
+        self.function = function
+        OPS[self.name] = self
+        return function
+
+
+def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op.run(*args)
+            op.setup_context(ctx, args, output)  # type: ignore[misc]
+            return output
+
+        backward = staticmethod(run_backward)
+
+    Node.__name__ = Node.__qualname__ = op.name
+    return Node
+
+
+@contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Force one implementation inside the block, process-wide; for debugging and comparison.
+
+    "reference" is the plain torch definition; "cpp", "triton" and "cuda" raise RuntimeError at the call when the op
+    cannot run so; "auto" is the default. Raises ValueError for another name.
+    """
+    global _forced
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS}")
+    before, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one call runs and the least it can cost. `seconds` is None where the device's ceiling is unknown."""
+
+    op: str
+    device: str
+    implementation: str
+    why: str
+    config: Config | None
+    cost: Cost | None
+    seconds: float | None
+    ceiling: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.implementation} ({self.why})"]
+        if self.config:
+            lines.append(f"  config  {self.config}")
+        if self.cost:
+            lines.append(f"  bytes   {self.cost.bytes:,.0f}\n  flops   {self.cost.flops:,.0f}\n  kernels {self.cost.launches}")
+        bound = "unknown" if self.seconds is None else f"{self.seconds * 1e6:.2f} us at best"
+        return "\n".join([*lines, f"  time    {bound} ({self.ceiling})"])
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which implementation `function(*args, **kwargs)` would run, and why; nothing is run.
+
+    `function` is a public function of hypersd.kernels. Raises TypeError for any other.
+    """
+    op = next((op for op in OPS.values() if op.function is function), None)
+    if op is None:
+        raise TypeError(f"function: {function!r} is no public function of hypersd.kernels; expected one of {sorted(OPS)}")
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    inputs: Mapping[str, Any] = bound.arguments
+    first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    implementation, why = op.choose(first.device)
+    cost = op.cost(**inputs) if op.cost else None
+    config = op.config(**inputs) if op.config and implementation == "triton" else None
+    roof = ceiling(first.device)
+    seconds = roof.seconds(cost, first.dtype) if roof and cost else None
+    source = roof.provenance if roof else f"no ceiling known for {first.device.type}"
+    return Explanation(op.name, str(first.device), implementation, why, config, cost, seconds, source)
+
+
+_native.available()
