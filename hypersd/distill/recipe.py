@@ -1,0 +1,268 @@
+"""The recipe: everything that a distillation run depends on, typed, and checked before anything is loaded.
+
+A recipe is a TOML file with the sections [model], [data], [lora], [train] and a list of [[stages]]. Each stage names its
+`method`; a new method adds its stage class here and one file beside tscd.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hypersd.errors import HypersdError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """`path`: a folder in the diffusers layout, or "embedded"."""
+
+    path: str = "embedded"
+
+
+class Data(Section):
+    """`kind = "folder"`: pictures under `path` with captions (a CSV or JSONL file, or a .txt beside each picture);
+    `kind = "scenes"`: `count` rendered scenes of the embedded model."""
+
+    kind: Literal["scenes", "folder"] = "scenes"
+    path: str | None = None
+    captions: str | None = None  # the CSV or JSONL file; None: found in the folder
+    count: Positive = 4096
+    resolution: Positive | None = None  # pixels; None: the model's own
+    cache: str | None = None  # folder of the encoded latents; None: under the run's folder
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the cache
+    caption_dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _folder_has_a_path(self) -> Data:
+        if self.kind == "folder" and self.path is None:
+            raise ValueError('kind = "folder" needs path, the folder with the pictures')
+        return self
+
+
+class Lora(Section):
+    """`targets`: names of layers that get an adapter; None: the LCM-LoRA set of attention, feed-forward and convolution."""
+
+    rank: Positive = 64
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+
+
+class Train(Section):
+    """`batch_size` is one forward pass; `accumulation` passes make one optimizer step."""
+
+    batch_size: Positive = 32
+    accumulation: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters and jumps are float32 either way
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; None: only measured
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up at the start of each stage
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 500  # steps; a stage's end always writes one
+    log_every: Positive = 10  # steps between the moments when a GPU is asked for its loss
+    threads: Positive | None = None  # of torch on a CPU; None: torch's choice
+
+
+class BaseStage(Section):
+    """What every method has."""
+
+    iterations: Positive
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: train's
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+
+class TSCDStage(BaseStage):
+    """Trajectory segmented consistency distillation with `segments` segments (hypersd.distill.tscd).
+
+    `guidance_scale`: range that g is drawn from, per sample, in the convention of diffusers, u + g (c - u); the
+    consistency-model papers' w is g - 1. [1, 1] is no guidance and one teacher pass less.
+    `teacher`: "base" is the undistilled model with guidance; "previous_stage" the EMA weights that the stage before
+    ended with, in which guidance is already baked (in the first stage there is none before it: "base").
+    `t_end`: where the two jumps of the loss meet, in [t_b, t_prev]: "uniform", "boundary", or "mixed", which is the
+    boundary with probability `t_end_mix`.
+    `weighting`: "inv_b2" measures the distance in units of the network's eps error (it divides by the jump's own factor
+    B), so that high noise levels do not drown the others.
+    """
+
+    method: Literal["tscd"]
+    segments: Positive
+    grid: Positive = 40
+    teacher: Literal["base", "previous_stage"] = "base"
+    guidance_scale: Annotated[tuple[float, float], Field(strict=False)] = (7.0, 9.0)
+    t_end: Literal["uniform", "boundary", "mixed"] = "mixed"
+    t_end_mix: Probability = 0.25
+    loss: Literal["mse", "huber", "pseudo_huber", "l1"] = "pseudo_huber"
+    c: Annotated[float, Field(gt=0)] = 1e-3
+    weighting: Literal["none", "inv_b2"] = "none"
+    target: Literal["ema", "online"] = "ema"
+    offset_noise: Annotated[float, Field(ge=0)] = 0.1
+    pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TSCDStage:
+        if self.guidance_scale[0] > self.guidance_scale[1]:
+            raise ValueError(f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first")
+        if self.grid < self.segments:
+            raise ValueError(f"grid = {self.grid} has fewer points than there are segments ({self.segments})")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.segments}"
+
+
+# With the second method: Annotated[TSCDStage | OtherStage, Field(discriminator="method")].
+Stage = TSCDStage
+
+
+class Recipe(Section):
+    model: Model = Model()
+    data: Data = Data()
+    lora: Lora = Lora()
+    train: Train = Train()
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Recipe:
+        for i, stage in enumerate(self.stages):
+            if stage.teacher == "previous_stage" and i > 0:
+                before = self.stages[i - 1].segments
+                if stage.grid < before:
+                    raise ValueError(f"stages.{i}: grid = {stage.grid}, but one step of a teacher with {before} segments "
+                                     f"must not leave a segment: grid >= {before}")
+        return self
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("hypersd.distill") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a TOML file. Each override is "a.b=c" ("train.batch_size=16", "stages.0.iterations=10");
+    c is read as TOML, and as a plain string where it is not TOML.
+
+    Raises HypersdError (exit code 2) with one line: the file, the key's path, what was found and what is allowed.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in shipped():
+        text = (resources.files("hypersd.distill") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
+    else:
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            near = _nearest(str(name_or_path), shipped())
+            raise _error(f"no recipe {name_or_path}: neither a file nor a shipped one ({', '.join(shipped())}){near}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise _error(f"cannot read recipe {path}: {error}") from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _error(f"{name_or_path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(document, override)
+    return parse_recipe(document, str(name_or_path))
+
+
+def parse_recipe(document: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a recipe given as nested dictionaries; `source` begins the error line."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise _error(f"{source}: {_one_line(error, document)}") from None
+
+
+def _error(message: str) -> HypersdError:
+    return HypersdError(message, exit_code=2)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise _error(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node: Any = document
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                where = ".".join(parts[:i])
+                raise _error(f"override {override!r}: {where} has entries 0 to {len(node) - 1}, found {part!r}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last:
+                node.setdefault(part, {})
+        else:
+            raise _error(f"override {override!r}: {'.'.join(parts[:i])} is a value, not a section")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _one_line(error: ValidationError, document: dict[str, Any]) -> str:
+    """The first problem of a validation error: an unknown key before anything else, for it often explains the rest."""
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys(problem["loc"][:-1])
+        line = f"{where}: unknown key{_nearest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    elif problem["type"] == "missing":
+        line = f"{where}: missing; this key has no default"
+    elif problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        line = f"{where}: {message}" if where else message
+    else:
+        expected = re.sub(r"^(Input|List|Tuple|String) should", "should", problem["msg"])
+        expected = re.sub(r"a valid dictionary or instance of \w+", "a section", expected.replace("a valid tuple", "a list"))
+        expected = re.sub(r" after validation, not \d+", "", expected)
+        found = repr(problem["input"])
+        near = _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["msg"]))
+        line = f"{where}: found {found if len(found) < 60 else found[:57] + '...'}, {expected}{near}"
+    more = len(problems) - 1
+    return line + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def _keys(location: Iterable[str | int]) -> list[str]:
+    """The keys that the section at `location` may have."""
+    sections = {"model": Model, "data": Data, "lora": Lora, "train": Train, "stages": Stage}
+    section = next(iter(location), None)
+    return list((sections[str(section)] if section is not None else Recipe).model_fields)
+
+
+def _nearest(word: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypersd.distill.recipe import load_recipe, parse_recipe, shipped
+from hypersd.errors import HypersdError
+
+
+def line(*args: object) -> str:
+    with pytest.raises(HypersdError) as caught:
+        load_recipe(*args)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_shipped_recipes_are_the_paper_s_stages() -> None:
+    assert shipped() == ["emoji-full", "emoji-quick", "sd15", "sdxl"]
+    for name in shipped():
+        recipe = load_recipe(name)
+        assert [stage.segments for stage in recipe.stages] == [8, 4, 2, 1]
+    for name in ("sd15", "sdxl"):
+        train = load_recipe(name).train
+        assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
+
+
+def test_overrides() -> None:
+    recipe = load_recipe("emoji-quick", ["train.batch_size=16", "stages.0.iterations = 10", "model.path=some/folder",
+                                         "stages.3.guidance_scale=[1, 2.5]", "train.clip=0.5"])
+    assert recipe.train.batch_size == 16 and recipe.stages[0].iterations == 10 and recipe.model.path == "some/folder"
+    assert recipe.stages[3].guidance_scale == (1.0, 2.5) and recipe.train.clip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batchsize=3", "train.batchsize: unknown key; did you mean 'batch_size'?"),
+        ("stages.1.segment=3", "stages.1.segment: unknown key; did you mean 'segments'?"),
+        ("tran.seed=3", "tran: unknown key; did you mean 'train'?; allowed: model, data, lora, train, stages"),
+        ("train.batch_size=abc", "train.batch_size: found 'abc', should be a valid integer"),
+        ("train.batch_size=1.5", "train.batch_size: found 1.5, should be a valid integer"),
+        ("train.batch_size=0", "train.batch_size: found 0, should be greater than or equal to 1"),
+        ("train.learning_rate=nan", "train.learning_rate: found nan, should be a finite number"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: found 1, should be a valid boolean"),
+        ("stages.0.method=tscx", "stages.0.method: found 'tscx', should be 'tscd'; did you mean 'tscd'?"),
+        ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
+        ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),
+        ("stages.9.grid=4", "stages has entries 0 to 3, found '9'"),
+        ("model=3", "model: found 3, should be a section"),
+        ("model.path.x=3", "model.path is a value, not a section"),
+        ("data.kind=folder", "data: kind = \"folder\" needs path"),
+        ("batch_size", "'batch_size' is not of the form section.key=value"),
+    ],
+)
+def test_wrong_overrides_say_what_and_where(override: str, expected: str) -> None:
+    assert expected in line("emoji-quick", [override])
+
+
+def test_previous_stage_teacher_needs_a_fine_enough_grid() -> None:
+    stages = [{"method": "tscd", "segments": 8, "iterations": 1},
+              {"method": "tscd", "segments": 4, "iterations": 1, "grid": 6, "teacher": "previous_stage"}]
+    with pytest.raises(HypersdError, match="teacher with 8 segments"):
+        parse_recipe({"stages": stages})
+    stages[1]["grid"] = 8
+    assert parse_recipe({"stages": stages}).stages[1].name == "tscd-4"
+
+
+def test_files(tmp_path: Path) -> None:
+    assert "did you mean 'emoji-quick'?" in line("emoji-quik")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\nseed = 1")
+    assert f"{broken}: not valid TOML" in line(broken) and "line 1" in line(broken)
+    assert "cannot read recipe" in line(tmp_path)
+    broken.write_bytes(b"\xff\xfe\x00")
+    assert "cannot read recipe" in line(broken)
+    broken.write_text('[train]\nseed = 1\n')
+    assert "stages: missing" in line(broken)
+    broken.write_text('[[stages]]\nmethod = "tscd"\nsegments = 8\niterations = 5\n')
+    assert load_recipe(broken).stages[0].grid == 40
