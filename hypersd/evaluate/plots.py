@@ -1,0 +1,168 @@
+"""The picture grid and the curves, each in a light and a dark version."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, GAP, GROUP_GAP, CAPTION, HEADER = 128, 6, 24, 236, 72
+
+
+@dataclass(frozen=True)
+class Theme:
+    background: str
+    text: str
+    muted: str
+    line: str
+    teacher: str
+    undistilled: str
+    student: str
+    stages: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff", "#1c2330", "#667085", "#e3e7ee", "#475467", "#d9822b", "#2563c9",
+    ("#2563c9", "#0f9f8f", "#8a4fd0", "#c9437f", "#d9822b", "#5b8c2a"),
+)  # fmt: skip
+DARK = Theme(
+    "#161b26", "#e8ebf2", "#98a2b3", "#2c3444", "#c3cad6", "#f0a455", "#6ea8ff",
+    ("#6ea8ff", "#45cfbf", "#b994f5", "#f286b5", "#f0a455", "#a3d16b"),
+)  # fmt: skip
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """matplotlib's own DejaVu Sans: the same on every machine, and it knows more than Latin."""
+    from matplotlib import font_manager
+
+    name = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
+    return ImageFont.truetype(font_manager.findfont(name), size)
+
+
+def grid(
+    pictures: Mapping[str, np.ndarray], captions: Sequence[str], nfe: Mapping[str, int], theme: Theme = LIGHT
+) -> Image.Image:
+    """Captions down, [teacher | undistilled 1 2 4 8 | student 1 2 4 8] across.
+
+    pictures: column key ("teacher", "student/4") -> (len(captions), H, W, 3) uint8; `nfe` network evaluations of each.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in pictures:
+        groups.setdefault(key.partition("/")[0], []).append(key)
+    groups = {name: groups[name] for name in ("teacher", "undistilled", "student") if name in groups} or groups
+    width = CAPTION + sum(len(keys) * (CELL + GAP) - GAP + GROUP_GAP for keys in groups.values()) - GROUP_GAP
+    canvas = Image.new("RGB", (width, HEADER + len(captions) * (CELL + GAP) - GAP), theme.background)
+    draw = ImageDraw.Draw(canvas)
+    title, label_font, caption_font = font(20, bold=True), font(15), font(17)
+    for row, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, 22)[:5] or [""]
+        middle = HEADER + row * (CELL + GAP) + CELL / 2
+        draw.multiline_text((0, middle), "\n".join(lines), theme.text, caption_font, anchor="lm", spacing=6)
+    x = CAPTION
+    for name, keys in groups.items():
+        right = x + len(keys) * (CELL + GAP) - GAP
+        draw.text((x, 6), name, getattr(theme, name, theme.text), title, anchor="lt")
+        draw.line((x, 35, right, 35), getattr(theme, name, theme.text), 2)
+        for key in keys:
+            steps = key.partition("/")[2]
+            label = f"{nfe[key]} NFE" if not steps else f"{steps} step{'s' if steps != '1' else ''}"
+            if steps and nfe[key] != int(steps):
+                label += f" ({nfe[key]} NFE)"
+            draw.text((x, 46), label, theme.muted, label_font, anchor="lt")
+            for row, picture in enumerate(pictures[key]):
+                tile = Image.fromarray(picture)
+                filter = Image.Resampling.NEAREST if tile.width < CELL else Image.Resampling.LANCZOS
+                canvas.paste(tile.resize((CELL, CELL), filter), (x, HEADER + row * (CELL + GAP)))
+            x += CELL + GAP
+        x += GROUP_GAP - GAP
+    return canvas
+
+
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """Centred running mean with shrinking windows at the ends."""
+    x = np.asarray(values, dtype=np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(x)])
+    index = np.arange(len(x))
+    low, high = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(x))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+PANELS = {
+    "frechet": "Frechet distance (lower is better)",
+    "alignment": "alignment (higher)",
+    "objects": "captioned objects found (share)",
+    "diversity": "diversity (as real is best)",
+}
+
+
+def curves(metrics: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) -> bytes:
+    """PNG: the loss over the steps of every stage, and quality over sampling steps.
+
+    losses: {"stage": name, "step": global optimizer step, "loss": value} in order; may be empty.
+    """
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.family": "DejaVu Sans", "font.size": 9, "text.color": theme.text, "axes.labelcolor": theme.muted,
+        "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.line,
+        "axes.facecolor": theme.background, "figure.facecolor": theme.background, "axes.spines.top": False,
+        "axes.spines.right": False, "grid.color": theme.line, "axes.grid": True, "axes.axisbelow": True,
+        "legend.frameon": False,
+    }  # fmt: skip
+    import matplotlib
+
+    names = [name for name in PANELS if metrics["teacher"].get(name) is not None]
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(11, 6.5 if losses else 3.5), dpi=150, layout="constrained")
+        shape = figure.add_gridspec(2 if losses else 1, max(len(names), 1))
+        if losses:
+            _losses(figure.add_subplot(shape[0, :]), losses, theme)
+        for column, name in enumerate(names):
+            _quality(figure.add_subplot(shape[-1, column]), metrics, name, theme)
+        if names:
+            handles, labels = figure.axes[-1].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _losses(axes: Any, losses: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+    stages = list(dict.fromkeys(entry["stage"] for entry in losses))
+    for number, stage in enumerate(stages):
+        points = [(entry["step"], entry["loss"]) for entry in losses if entry["stage"] == stage]
+        steps, values = (list(column) for column in zip(*points, strict=True))
+        colour = theme.stages[number % len(theme.stages)]
+        axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, smooth(values, max(len(values) // 25, 3)), color=colour, linewidth=1.8, label=stage)
+    if all(entry["loss"] > 0 for entry in losses):
+        axes.set_yscale("log")
+    axes.set_title("training loss by stage (each stage has its own scale)", loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("optimizer step")
+    axes.margins(x=0.01)
+    axes.legend(ncols=max(len(stages), 1), loc="upper right")
+
+
+def _quality(axes: Any, metrics: Mapping[str, Any], name: str, theme: Theme) -> None:
+    for row in ("undistilled", "student"):
+        points = sorted((int(steps), entry[name]) for steps, entry in metrics.get(row, {}).items())
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=getattr(theme, row), markersize=4, label=row
+        )
+    teacher = metrics["teacher"]
+    axes.axhline(teacher[name], color=theme.teacher, linestyle="--", linewidth=1.2, label=f"teacher, {teacher['nfe']} NFE")
+    real = metrics.get("reference", {}).get("real", {}).get(name)
+    if real is not None:
+        axes.axhline(real, color=theme.muted, linestyle=":", linewidth=1.2, label="real pictures")
+    ticks = sorted(int(steps) for steps in metrics.get("student", {}))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    if name == "frechet":
+        axes.set_yscale("log")
+    axes.set_title(PANELS[name], loc="left", fontsize=9, fontweight="bold")
+    axes.set_xlabel("sampling steps")
