@@ -1,0 +1,31 @@
+"""Noise process, backbone with LoRA roles, model folders and LoRA files. Names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "NoiseProcess": "noise_process",
+    "Backbone": "backbone",
+    "LCM_TARGETS": "lora",
+    "LoraConv2d": "lora",
+    "LoraLinear": "lora",
+    "LoraSpec": "lora",
+    "Components": "load",
+    "load_components": "load",
+    "decode_latents": "prompts",
+    "encode_images": "prompts",
+    "encode_null": "prompts",
+    "encode_prompts": "prompts",
+    "load_lora": "export",
+    "save_lora": "export",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hypersd.models.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hypersd.models' has no attribute {name!r}")

@@ -1,0 +1,286 @@
+"""One frozen network, many roles: teacher, student, EMA target, ... are LoRA slots on one copy of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypersd.errors import HypersdError
+from hypersd.models import formats
+from hypersd.models.lora import (
+    BASE,
+    LoraSlot,
+    LoraSpec,
+    check_role_name,
+    checkpoint,
+    folded_weights,
+    make_slot,
+    use_role,
+)
+
+# conditions that UNet2DConditionModel wants packed into one dict (SDXL)
+_ADDED_CONDITIONS = ("text_embeds", "time_ids")
+
+
+class Backbone(nn.Module):
+    """A frozen diffusers network whose layers in `spec.targets` hold one LoRA adapter per role.
+
+    The network is changed in place (its target layers are wrapped) until `release()` hands it back. Adapters that it
+    already carries through PEFT stay part of the base. Calls read their role from their argument alone, so teacher,
+    student and target calls may be mixed freely, also between a checkpointed forward and its backward.
+    Raises HypersdError when no layer matches the targets or a role is unknown.
+    """
+
+    def __init__(self, network: nn.Module, spec: LoraSpec | None = None, roles: Sequence[str] = ("student",)) -> None:
+        super().__init__()
+        self.spec = spec or LoraSpec()
+        self.network = network
+        self.slots: dict[str, LoraSlot] = {}
+        self.roles: list[str] = []
+        self._requires_grad = {name: p.requires_grad for name, p in network.named_parameters()}
+        self._checkpointing = bool(getattr(network, "is_gradient_checkpointing", False))
+        self.fingerprint = _fingerprint(network)
+        network.requires_grad_(False)
+        paths = [path for path, module in network.named_modules() if self.spec.matches(path) and _can_wrap(module)]
+        if not paths:
+            raise HypersdError(
+                f"no linear or convolution layer of {type(network).__name__} matches the LoRA targets "
+                f"{list(self.spec.targets)}; check lora.targets"
+            )
+        for path in paths:
+            self._wrap(path)
+        for role in roles:
+            self.add_role(role)
+        if self._checkpointing:
+            self.enable_gradient_checkpointing()
+
+    def forward(self, x_t: Tensor, timestep: Tensor | float, cond: Mapping[str, Any], *, role: str = BASE) -> Tensor:
+        """The raw network output m, shape and dtype of x_t.
+
+        x_t (B, C, H, W); timestep a number or a tensor of shape () or (B,), in the network's own units; cond the
+        network's further keyword arguments (`encoder_hidden_states`, ...; SDXL's `text_embeds` and `time_ids` are
+        packed into `added_cond_kwargs`). Floating inputs are cast to the dtype of the network.
+        """
+        if role != BASE and role not in self.roles:
+            raise HypersdError(f"the backbone has no role {role!r}; it has {[BASE, *self.roles]}")
+        dtype = self.dtype
+        arguments = {k: v.to(dtype) if _is_float(v) else v for k, v in cond.items()}
+        if "added_cond_kwargs" not in arguments and "time_ids" in arguments:
+            arguments["added_cond_kwargs"] = {k: arguments.pop(k) for k in _ADDED_CONDITIONS if k in arguments}
+        with use_role(role):
+            output = self.network(x_t.to(dtype), timestep=timestep, **arguments, return_dict=False)[0]
+        return output.to(x_t.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the frozen weights."""
+        return next(iter(self.slots.values())).weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.slots.values())).weight.device
+
+    # roles
+
+    def add_role(self, role: str, like: str | None = None, *, generator: torch.Generator | None = None) -> None:
+        """A new adapter set: a copy of role `like`, or a ~ Kaiming uniform and b = 0 (starts as the base model)."""
+        check_role_name(role)
+        if role in self.roles:
+            raise HypersdError(f"the backbone already has a role {role!r}")
+        if like is not None:
+            self._require(like)
+        for slot in self.slots.values():
+            if like is None:
+                slot.add(role, self.spec.rank, self.spec.scale, generator)
+            elif like in slot.scale:
+                slot.set(role, slot.a[like].detach().clone(), slot.b[like].detach().clone(), slot.scale[like])
+        self.roles.append(role)
+
+    def drop_role(self, role: str) -> None:
+        self._require(role)
+        for slot in self.slots.values():
+            slot.drop(role)
+        self.roles.remove(role)
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's fp32 adapter tensors in module order: `<path>.lora_A.weight`, `<path>.lora_B.weight`."""
+        named = {}
+        for path, slot in self.role_slots(role).items():
+            named[f"{path}.lora_A.weight"], named[f"{path}.lora_B.weight"] = slot.a[role], slot.b[role]
+        return named
+
+    def role_slots(self, role: str) -> dict[str, LoraSlot]:
+        """The layers that the role adapts, by module path, in module order."""
+        self._require(role)
+        return {path: slot for path, slot in self.slots.items() if role in slot.scale}
+
+    @torch.no_grad()
+    def copy_role(self, src: str, dst: str) -> None:
+        """dst := src, in place (the tensors of dst stay the same objects)."""
+        new, old = self._pair(src, dst)
+        torch._foreach_copy_(old, new)
+        for slot in self.role_slots(src).values():
+            slot.scale[dst] = slot.scale[src]
+
+    @torch.no_grad()
+    def lerp_role(self, dst: str, src: str, weight: float) -> None:
+        """dst += weight * (src - dst), in place: an EMA update with decay 1 - weight."""
+        new, old = self._pair(src, dst)
+        for path, slot in self.role_slots(src).items():
+            if slot.scale[src] != slot.scale[dst]:
+                raise HypersdError(f"roles {src!r} and {dst!r} have different LoRA scales at {path}")
+        torch._foreach_lerp_(old, new, weight)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, fp32 and fp64 calls without gradient keep W + scale b a per layer and role: base speed.
+
+        Costs one more copy of the adapted weights per role used. An adapter that changes is folded again.
+        """
+        try:
+            with folded_weights():
+                yield
+        finally:
+            for slot in self.slots.values():
+                slot.clear_folded()
+
+    # files
+
+    @property
+    def key_prefix(self) -> str:
+        """First part of the LoRA keys of diffusers: "unet" or "transformer"."""
+        return "unet" if "UNet" in type(self.network).__name__ else "transformer"
+
+    def lora_state_dict(self, role: str, format: str = "peft") -> dict[str, Tensor]:
+        """The role as `unet.<path>.lora_A.weight` ("peft", diffusers) or `lora_unet_<path>.lora_down.weight` ("kohya").
+
+        Tensors are detached CPU copies, fp32. Kohya keys carry alpha; the PEFT format keeps it in the file's metadata.
+        """
+        layers = {
+            path: formats.Layer(
+                slot.a[role].detach().cpu().clone(), slot.b[role].detach().cpu().clone(), slot.scale[role]
+            )
+            for path, slot in self.role_slots(role).items()
+        }
+        return formats.encode(layers, self.key_prefix, format)
+
+    def load_lora_state_dict(self, state: Mapping[str, Tensor], role: str, *, scale: float | None = None) -> None:
+        """Set a role from PEFT, diffusers or kohya keys; without alpha in the file `scale` (default 1) applies.
+
+        An unknown role is created with the ranks and layers of the file; layers outside of `spec.targets` are wrapped.
+        A known role must fit exactly and keeps its parameter objects. Raises HypersdError, naming the first key or
+        shape that does not fit, before anything is changed.
+        """
+        check_role_name(role)
+        wrappable = {path: module for path, module in self._base_modules()}
+        layers = formats.decode(state, list(wrappable), self.key_prefix, default_scale=scale)
+        for path, layer in layers.items():
+            slot = self.slots.get(path) or make_slot(wrappable[path])
+            assert slot is not None
+            formats.check_shapes(path, layer, *slot.adapter_shapes(layer.a.shape[0]))
+        if role in self.roles:
+            self._load_into(layers, role)
+            return
+        for path, layer in layers.items():
+            slot = self.slots.get(path) or self._wrap(path)
+            like = slot.weight
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            shapes = slot.adapter_shapes(layer.a.shape[0])
+            a, b = (
+                p.detach().to(device=like.device, dtype=dtype, copy=True).reshape(shape)
+                for p, shape in zip((layer.a, layer.b), shapes, strict=True)
+            )
+            slot.set(role, a, b, layer.scale)
+        self.roles.append(role)
+
+    @torch.no_grad()
+    def _load_into(self, layers: Mapping[str, formats.Layer], role: str) -> None:
+        own = self.role_slots(role)
+        for path in [*own, *layers]:
+            if path not in layers or path not in own:
+                where = "the file lacks" if path not in layers else f"role {role!r} lacks"
+                raise HypersdError(f"the LoRA does not fit: {where} layer {path}; check lora.targets")
+            if own[path].a[role].shape[0] != layers[path].a.shape[0]:
+                raise HypersdError(
+                    f"the LoRA does not fit: {path} has rank {layers[path].a.shape[0]} in the file and "
+                    f"{own[path].a[role].shape[0]} in role {role!r}; set lora.rank to the file's"
+                )
+        for path, slot in own.items():
+            slot.a[role].copy_(layers[path].a.reshape(slot.a[role].shape))
+            slot.b[role].copy_(layers[path].b.reshape(slot.b[role].shape))
+            slot.scale[role] = layers[path].scale
+
+    # the network
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward, each block with the role that its forward pass had."""
+        self.network.enable_gradient_checkpointing(checkpoint)  # type: ignore[operator]
+
+    def release(self) -> nn.Module:
+        """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards."""
+        for path, slot in self.slots.items():
+            self.network.set_submodule(path, slot.base)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+        if getattr(self.network, "is_gradient_checkpointing", False):
+            self.network.disable_gradient_checkpointing()  # type: ignore[operator]
+            if self._checkpointing:
+                self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.slots, self.roles = {}, []
+        return self.network
+
+    def _wrap(self, path: str) -> LoraSlot:
+        slot = make_slot(self.network.get_submodule(path))
+        assert slot is not None
+        self.network.set_submodule(path, slot)
+        self.slots[path] = slot
+        return slot
+
+    def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every layer of the original network that can take an adapter, whether wrapped already or not."""
+        for path, module in self.network.named_modules():
+            if any(parent in self.slots for parent in _parents(path)):
+                continue
+            module = module.base if isinstance(module, LoraSlot) else module
+            if _can_wrap(module):
+                yield path, module
+
+    def _pair(self, src: str, dst: str) -> tuple[list[Tensor], list[Tensor]]:
+        new, old = self.role_parameters(src), self.role_parameters(dst)
+        if [(k, p.shape) for k, p in new.items()] != [(k, p.shape) for k, p in old.items()]:
+            raise HypersdError(f"roles {src!r} and {dst!r} adapt different layers or ranks")
+        return list(new.values()), list(old.values())
+
+    def _require(self, role: str) -> None:
+        if role not in self.roles:
+            raise HypersdError(f"the backbone has no role {role!r}; it has {self.roles}")
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Class and a hash of all weight names and shapes, PEFT adapters aside: equal for models that can share a LoRA."""
+    names = (
+        f"{name.replace('.base_layer', '')}:{tuple(parameter.shape)}"
+        for name, parameter in network.named_parameters()
+        if ".lora_" not in name
+    )
+    return f"{type(network).__name__}-{hashlib.sha256(chr(10).join(sorted(names)).encode()).hexdigest()[:16]}"
+
+
+def _can_wrap(module: nn.Module) -> bool:
+    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return isinstance(layer, nn.Linear | nn.Conv2d)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _parents(path: str) -> list[str]:
+    """'a.b.c' -> ['a', 'a.b']."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -1,0 +1,102 @@
+"""LoRA files: safetensors with the sampling schedule in the metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hypersd.errors import HypersdError
+from hypersd.files import atomic_write
+from hypersd.models.backbone import Backbone
+from hypersd.models.load import check_safetensors
+
+# diffusers reads rank, alpha and targets of a PEFT-keyed file from this entry
+_DIFFUSERS_KEY = "lora_adapter_metadata"
+
+
+def save_lora(
+    path: str | Path, backbone: Backbone, role: str, metadata: Mapping[str, str] | None = None, format: str = "peft"
+) -> Path:
+    """Write a role as safetensors, atomically, fp32.
+
+    `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, tcd, lcm), `steps` ("1,2,4,8"),
+    `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here: `rank`,
+    `alpha`, `base_model` (fingerprint), `lora_format`. Raises HypersdError when the file cannot be written.
+    """
+    state = backbone.lora_state_dict(role, format)
+    slots = backbone.role_slots(role)
+    ranks = {name: int(slot.a[role].shape[0]) for name, slot in slots.items()}
+    alphas = {name: slot.scale[role] * ranks[name] for name, slot in slots.items()}
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    full = {name: str(value) for name, value in (metadata or {}).items()}
+    full |= {
+        "format": "pt",
+        "rank": str(rank),
+        "alpha": repr(alpha),
+        "base_model": backbone.fingerprint,
+        "lora_format": format,
+    }
+    if format == "peft":
+        config = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "target_modules": list(slots),
+        }
+        full[_DIFFUSERS_KEY] = json.dumps({f"{backbone.key_prefix}.{k}": v for k, v in config.items()}, sort_keys=True)
+
+    def write(target: Path) -> None:
+        try:
+            save_file(state, target, metadata=full)
+        except SafetensorError as error:
+            raise HypersdError(f"cannot write {path}: {error}; free space or choose another folder") from error
+
+    return atomic_write(path, write)
+
+
+def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(state dict, metadata) of a LoRA file, any key layout; hand the state to `Backbone.load_lora_state_dict`.
+
+    Raises HypersdError for a missing, truncated or pickled file. Files with alpha only in the metadata get it back as
+    `.alpha` tensors, so that the state alone says the scale.
+    """
+    path = Path(path)
+    metadata = check_safetensors(path)
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise HypersdError(f"{path} cannot be read ({error}); copy it again") from None
+    return state | _alphas(state, metadata), metadata
+
+
+def _alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """`.alpha` entries for the layers whose metadata gives them a scale other than 1."""
+    try:
+        config = json.loads(metadata.get(_DIFFUSERS_KEY, "{}"))
+    except json.JSONDecodeError:
+        raise HypersdError(f"the LoRA metadata entry {_DIFFUSERS_KEY} is not JSON; export the file again") from None
+    alphas = {}
+    for key, tensor in state.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name, rank = key.removesuffix(".lora_A.weight"), tensor.shape[0]
+        prefix, _, path = name.partition(".")
+        alpha = config.get(f"{prefix}.alpha_pattern", {}).get(path, config.get(f"{prefix}.lora_alpha", rank))
+        if config.get(f"{prefix}.use_rslora"):
+            alpha *= math.sqrt(rank)
+        if alpha != rank:
+            alphas[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return alphas
+
+
+def _most_common(values: Mapping[str, int] | Mapping[str, float]) -> float | int:
+    found = list(values.values())
+    return max(set(found), key=found.count)

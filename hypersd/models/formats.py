@@ -1,0 +1,112 @@
+"""LoRA key layouts: PEFT, diffusers (`unet.<path>.lora_A.weight`) and kohya (`lora_unet_<path>.lora_down.weight`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypersd.errors import HypersdError
+
+
+@dataclass
+class Layer:
+    """One adapter: a (rank, in[, kh, kw]), b (out, rank[, 1, 1]) and scale = alpha / rank."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * self.a.shape[0]
+
+
+# key ending -> which tensor; the last two are the names of diffusers before it used PEFT
+_ENDINGS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_A.default.weight": "a",
+    ".lora_B.default.weight": "b",
+    ".lora_down.weight": "a",
+    ".lora_up.weight": "b",
+    ".lora.down.weight": "a",
+    ".lora.up.weight": "b",
+    ".alpha": "alpha",
+}
+
+
+def encode(layers: Mapping[str, Layer], prefix: str, format: str) -> dict[str, Tensor]:
+    """State dict of the layers, keyed by module path, in format "peft" or "kohya". `prefix`: "unet", "transformer"."""
+    if format not in ("peft", "kohya"):
+        raise HypersdError(f"LoRA format {format!r} is unknown; use 'peft' or 'kohya'")
+    state: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        if format == "peft":
+            state[f"{prefix}.{path}.lora_A.weight"] = layer.a
+            state[f"{prefix}.{path}.lora_B.weight"] = layer.b
+        else:
+            key = f"lora_{prefix}_{path.replace('.', '_')}"
+            state[f"{key}.lora_down.weight"] = layer.a
+            state[f"{key}.lora_up.weight"] = layer.b
+            state[f"{key}.alpha"] = torch.tensor(layer.alpha)
+    return state
+
+
+def decode(
+    state: Mapping[str, Tensor], paths: Iterable[str], prefix: str, *, default_scale: float | None = None
+) -> dict[str, Layer]:
+    """The layers of a state dict in any known layout, keyed by module path, in the order of `paths`.
+
+    `paths` are the layers of the model. Raises HypersdError for a key of another model, an incomplete pair or an
+    empty file. Without alpha the scale is `default_scale`, or 1.
+    """
+    paths = list(paths)
+    by_name = {path: path for path in paths}
+    by_name.update({path.replace(".", "_"): path for path in paths})
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        ending = next((e for e in _ENDINGS if key.endswith(e)), None)
+        if ending is None:
+            raise HypersdError(
+                f"the LoRA does not fit: {key} is not a LoRA key (lora_A, lora_B, lora_down, lora_up, alpha)"
+            )
+        path = by_name.get(_bare_name(key.removesuffix(ending), prefix))
+        if path is None:
+            raise HypersdError(f"the LoRA is for another model: {key} names a layer that this one does not have")
+        found.setdefault(path, {})[_ENDINGS[ending]] = tensor
+    if not found:
+        raise HypersdError("the LoRA file holds no tensors")
+    layers = {}
+    for path in paths:
+        if path in found:
+            parts = found[path]
+            if "a" not in parts or "b" not in parts:
+                raise HypersdError(f"the LoRA is incomplete: {path} has only {sorted(parts)} of a (down) and b (up)")
+            rank = parts["a"].shape[0]
+            scale = (
+                float(parts["alpha"]) / rank if "alpha" in parts else 1.0 if default_scale is None else default_scale
+            )
+            layers[path] = Layer(parts["a"], parts["b"], scale)
+    return layers
+
+
+def check_shapes(path: str, layer: Layer, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
+    """Raise HypersdError unless a and b have these shapes, up to trailing 1s (linear as 1x1 convolution)."""
+    for name, tensor, shape in (("a", layer.a, shape_a), ("b", layer.b, shape_b)):
+        if _squeeze(tuple(tensor.shape)) != _squeeze(shape):
+            raise HypersdError(
+                f"the LoRA is for another model: {path} {name} has shape {tuple(tensor.shape)}, not {shape}"
+            )
+
+
+def _bare_name(key: str, prefix: str) -> str:
+    for start in ("base_model.model.", f"{prefix}.", f"lora_{prefix}_", "diffusion_model.", "lora_unet_"):
+        key = key.removeprefix(start)
+    return key
+
+
+def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:-2] if len(shape) == 4 and shape[-2:] == (1, 1) else shape

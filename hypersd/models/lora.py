@@ -1,0 +1,272 @@
+"""LoRA slots: one frozen layer, one low-rank adapter (a, b) per role, the role chosen by the call.
+
+y = layer(x) + scale * b (a x), scale = alpha / rank (Hu et al. 2021). Which adapter runs is read from a context, never
+from state that a caller switches: a recomputation during backward may happen long after the caller moved on to another
+role, and must still see the role of its own forward (`checkpoint` below carries it there).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hypersd.errors import HypersdError
+
+BASE = "base"
+
+# The layers that the LCM-LoRA training scripts adapt: attention, feed-forward and all convolutions of residual blocks.
+LCM_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+_role: ContextVar[str] = ContextVar("hypersd_role", default=BASE)
+_folding: ContextVar[bool] = ContextVar("hypersd_folding", default=False)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Rank, alpha (scale = alpha / rank) and the layers to adapt, named by the end of their module path."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    targets: tuple[str, ...] = LCM_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise HypersdError(f"the LoRA rank must be at least 1, got {self.rank}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise HypersdError(f"the LoRA alpha must be positive, got {self.alpha}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def matches(self, path: str) -> bool:
+        """True where the module path is a target or ends in '.' + a target."""
+        return any(path == target or path.endswith("." + target) for target in self.targets)
+
+
+def current_role() -> str:
+    return _role.get()
+
+
+@contextmanager
+def use_role(role: str) -> Iterator[None]:
+    """Every slot called inside runs with this role's adapter ("base": none)."""
+    token = _role.set(role)
+    try:
+        yield
+    finally:
+        _role.reset(token)
+
+
+@contextmanager
+def folded_weights() -> Iterator[None]:
+    """Inside, calls without gradient keep W + scale b a of fp32 and fp64 layers: base speed, one more weight each."""
+    token = _folding.set(True)
+    try:
+        yield
+    finally:
+        _folding.reset(token)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """Activation checkpointing that recomputes with the role of the forward pass, whatever role is active by then."""
+    role = current_role()
+
+    def run(*inputs: Any) -> Any:
+        with use_role(role):
+            return function(*inputs)
+
+    return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+
+def check_role_name(role: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", role) or role == BASE or hasattr(nn.ParameterDict, role):
+        raise HypersdError(f"role name {role!r} cannot be used; take letters, digits, '_' or '-', and not 'base'")
+
+
+class LoraSlot(nn.Module):
+    """Common part of LoraLinear and LoraConv2d: `base` (frozen, left as it is) and adapters a[role], b[role].
+
+    Adapters are fp32 masters (fp64 for an fp64 base) and are cast to the layer's dtype at each call. A role without an
+    entry here leaves the layer as it is.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.ParameterDict()
+        self.b = nn.ParameterDict()
+        self.scale: dict[str, float] = {}
+        # role -> (key, W + scale b a); see folded_weights
+        self._folded: dict[str, tuple[Any, Tensor]] = {}
+
+    @property
+    def layer(self) -> nn.Module:
+        """The plain layer under an adapter that the model already carried."""
+        return self.base.get_base_layer() if hasattr(self.base, "get_base_layer") else self.base
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
+    def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b at this rank."""
+        raise NotImplementedError
+
+    def add(self, role: str, rank: int, scale: float, generator: torch.Generator | None = None) -> None:
+        """A new adapter: a ~ Kaiming uniform (as PEFT), b = 0, so that it starts as no change."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        shape_a, shape_b = self.adapter_shapes(rank)
+        a = torch.empty(shape_a, dtype=dtype, device=self.weight.device)
+        # kaiming_uniform_(a=sqrt(5)): bound 1 / sqrt(fan_in)
+        a.uniform_(-1.0, 1.0, generator=generator).div_(math.sqrt(a[0].numel()))
+        self.set(role, a, torch.zeros(shape_b, dtype=dtype, device=a.device), scale)
+
+    def set(self, role: str, a: Tensor, b: Tensor, scale: float) -> None:
+        self.a[role], self.b[role] = nn.Parameter(a), nn.Parameter(b)
+        self.scale[role] = scale
+
+    def drop(self, role: str) -> None:
+        self._folded.pop(role, None)
+        if role in self.a:
+            del self.a[role], self.b[role], self.scale[role]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        role = _role.get()
+        if role == BASE or role not in self.scale:
+            return self.base(x, *args, **kwargs)
+        a, b, scale = self.a[role], self.b[role], self.scale[role]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if self.layer is not self.base:
+            return self.base(x, *args, **kwargs) + self._low_rank(x.to(dtype), a.to(dtype), b.to(dtype)) * scale
+        if _folding.get() and not torch.is_grad_enabled() and dtype == self.weight.dtype and dtype.itemsize >= 4:
+            return self._plain(x, self._fold(role))
+        weight, bias = self.weight, self.bias
+        if weight.dtype != dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return self._adapted(x.to(dtype), weight, bias, a.to(dtype), b.to(dtype), scale)
+
+    def _fold(self, role: str) -> Tensor:
+        parts = (self.weight, self.a[role], self.b[role])
+        # version counters see every in-place change made through autograd's view of the tensor, data_ptr a replacement
+        key = (*((p.data_ptr(), p._version) for p in parts), self.scale[role])
+        known = self._folded.get(role)
+        if known is None or known[0] != key:
+            known = (key, self._fold_now(*parts, self.scale[role]))
+            self._folded[role] = known
+        return known[1]
+
+    def clear_folded(self) -> None:
+        self._folded.clear()
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fold_now(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        delta = b.flatten(1) @ a.flatten(1)
+        return weight + scale * delta.view_as(weight)
+
+
+class LoraLinear(LoraSlot):
+    """x (..., in) -> (..., out); a[role] is (rank, in), b[role] is (out, rank)."""
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, self.in_features), (self.out_features, rank)
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a), b)
+
+
+class LoraConv2d(LoraSlot):
+    """x (B, in, H, W) -> (B, out, H', W'); a[role] is (rank, in, kh, kw), b[role] is (out, rank, 1, 1)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        conv = self.layer
+        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        if not plain or isinstance(conv.padding, str):
+            raise HypersdError(f"{conv} cannot take a LoRA: groups, dilation and padding modes are not supported")
+        self.stride, self.padding = conv.stride, conv.padding
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, *self.weight.shape[1:]), (self.out_channels, rank, 1, 1)
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return self._plain_with(x, weight, bias) + scale * self._low_rank(x, a, b)
+
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._plain_with(x, weight, self.bias)
+
+    def _plain_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, a, None, self.stride, self.padding), b)
+
+
+def make_slot(module: nn.Module) -> LoraSlot | None:
+    """A slot around a linear or 2-D convolution layer, also one that already carries a PEFT adapter; else None."""
+    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(layer, nn.Linear):
+        return LoraLinear(module)
+    if isinstance(layer, nn.Conv2d):
+        return LoraConv2d(module)
+    return None

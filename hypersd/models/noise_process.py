@@ -1,0 +1,218 @@
+"""The forward process x_t = alpha_t x_0 + sigma_t eps and everything that is affine in (x_t, m).
+
+m is the raw network output. Whatever it predicts, the clean sample, the noise and the first-order jump between two
+noise levels are c[0] x_t + c[1] m with scalars that depend on the timestep alone (DDIM: Song et al. 2021, eq. 12;
+v-prediction: Salimans & Ho 2022; rectified flow: Liu et al. 2023). So this class hands out float64 coefficients and
+never touches a tensor. Trainer and samplers both read them here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hypersd.errors import HypersdError
+
+Array = NDArray[np.float64]
+
+_VP_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseProcess:
+    """A discrete noise process with T = `num_train_timesteps` levels; index 0 is the cleanest, T - 1 the noisiest.
+
+    alpha, sigma: float64, shape (T,). Wherever a timestep is taken, -1 means the final point of sampling,
+    (final_alpha, final_sigma): alpha_0, sigma_0 for models whose scheduler says `set_alpha_to_one = False` (SD1.5,
+    SDXL), 1 and 0 otherwise. `kind` is "vp" or "flow"; `prediction_type` says what the network outputs:
+    "epsilon", "v_prediction", "sample" (VP) or "flow_prediction" (flow, v = eps - x_0).
+    Raises HypersdError for levels that leave a coefficient non-finite (epsilon prediction at zero terminal SNR).
+    """
+
+    kind: str
+    prediction_type: str
+    alpha: Array
+    sigma: Array
+    final_alpha: float
+    final_sigma: float
+
+    def __post_init__(self) -> None:
+        allowed = {"vp": _VP_PREDICTIONS, "flow": ("flow_prediction",)}.get(self.kind)
+        if allowed is None:
+            raise HypersdError(f"noise process kind {self.kind!r} is unknown; use 'vp' or 'flow'")
+        if self.prediction_type not in allowed:
+            raise HypersdError(
+                f"prediction_type {self.prediction_type!r} does not fit a {self.kind} process; use {list(allowed)}"
+            )
+        alpha, sigma = (np.array(a, dtype=np.float64) for a in (self.alpha, self.sigma))
+        if alpha.ndim != 1 or alpha.shape != sigma.shape or not len(alpha):
+            raise HypersdError(f"alpha {alpha.shape} and sigma {sigma.shape} must be one vector each, of equal length")
+        for values in (alpha, sigma):
+            values.flags.writeable = False
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "sigma", sigma)
+        levels = np.arange(len(alpha))
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(self.x0(levels)).all(-1) & np.isfinite(self.eps(levels)).all(-1)
+        if not finite.all():
+            t = int(levels[~finite][-1])
+            raise HypersdError(
+                f"the noise schedule has alpha = {alpha[t]:.3g}, sigma = {sigma[t]:.3g} at t = {t}, where "
+                f"{self.prediction_type} prediction is undefined; use v_prediction or drop rescale_betas_zero_snr"
+            )
+
+    @classmethod
+    def from_config(cls, scheduler_config: Mapping[str, Any], *, mu: float | None = None) -> NoiseProcess:
+        """The process of a diffusers scheduler config (a scheduler_config.json as a dict).
+
+        A config with `shift`, `use_dynamic_shifting` or flow prediction is a flow model; anything else is VP with
+        `beta_schedule` linear, scaled_linear or squaredcos_cap_v2, or `trained_betas`. `mu` is the dynamic shift of
+        flow models that want one (it depends on the picture size). Raises HypersdError for what it cannot honour.
+        """
+        config = dict(scheduler_config)
+        prediction = config.get("prediction_type") or "epsilon"
+        is_flow = "FlowMatch" in str(config.get("_class_name", "")) or "shift" in config or "flow" in str(prediction)
+        if is_flow or config.get("use_flow_sigmas"):
+            return cls._flow(config, mu)
+        abar = vp_alphas_cumprod(config)
+        return cls.from_alphas_cumprod(
+            abar, prediction_type=prediction, set_alpha_to_one=bool(config.get("set_alpha_to_one", True))
+        )
+
+    @classmethod
+    def from_alphas_cumprod(
+        cls, alphas_cumprod: ArrayLike, *, prediction_type: str, set_alpha_to_one: bool
+    ) -> NoiseProcess:
+        """A VP process from alpha_bar_t = alpha_t^2, shape (T,)."""
+        abar = np.asarray(alphas_cumprod, dtype=np.float64)
+        if not ((abar >= 0) & (abar <= 1)).all():
+            raise HypersdError(
+                "the noise schedule leaves 0 <= alpha_bar <= 1; check beta_start, beta_end, trained_betas"
+            )
+        alpha, sigma = np.sqrt(abar), np.sqrt(1.0 - abar)
+        final = (1.0, 0.0) if set_alpha_to_one else (float(alpha[0]), float(sigma[0]))
+        return cls("vp", prediction_type, alpha, sigma, *final)
+
+    @classmethod
+    def _flow(cls, config: Mapping[str, Any], mu: float | None) -> NoiseProcess:
+        shift = float(config.get("shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            if mu is None:
+                raise HypersdError("this flow model shifts its schedule with the picture size; give mu")
+            # e^mu / (e^mu + 1/sigma - 1) is the plain shift with factor e^mu
+            shift = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+        if not (math.isfinite(shift) and shift > 0):
+            raise HypersdError(f"the flow shift must be positive, got {shift}")
+        steps = int(config.get("num_train_timesteps", 1000))
+        sigma = np.arange(1, steps + 1, dtype=np.float64) / steps
+        sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
+        return cls("flow", "flow_prediction", 1.0 - sigma, sigma, 1.0, 0.0)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alpha)
+
+    def at(self, t: ArrayLike) -> tuple[Array, Array]:
+        """(alpha_t, sigma_t) for integer timesteps of any shape, -1 for the final point."""
+        index = np.asarray(t)
+        if index.dtype.kind not in "iu":
+            raise TypeError(f"timesteps must be integers, got {index.dtype}")
+        if index.size and not (-1 <= index.min() and index.max() < self.num_train_timesteps):
+            raise ValueError(
+                f"timesteps must lie in [-1, {self.num_train_timesteps - 1}], got {index.min()}..{index.max()}"
+            )
+        # index -1 finds the appended final point
+        return np.append(self.alpha, self.final_alpha)[index], np.append(self.sigma, self.final_sigma)[index]
+
+    def network_timestep(self, t: ArrayLike) -> NDArray[Any]:
+        """What the network is fed for index t: t itself (VP, int64), or T sigma_t (flow, float64)."""
+        if self.kind == "vp":
+            return np.asarray(t, dtype=np.int64)
+        return self.at(t)[1] * self.num_train_timesteps
+
+    def x0(self, t: ArrayLike) -> Array:
+        """(..., 2): x_0 = c[..., 0] x_t + c[..., 1] m."""
+        alpha, sigma = self.at(t)
+        match self.prediction_type:
+            case "epsilon":
+                pair = 1.0 / alpha, -sigma / alpha
+            case "v_prediction":
+                pair = alpha, -sigma
+            case "sample":
+                pair = np.zeros_like(alpha), np.ones_like(alpha)
+            case _:
+                pair = np.ones_like(alpha), -sigma
+        return np.stack(pair, axis=-1)
+
+    def eps(self, t: ArrayLike) -> Array:
+        """(..., 2): eps = c[..., 0] x_t + c[..., 1] m."""
+        alpha, sigma = self.at(t)
+        match self.prediction_type:
+            case "epsilon":
+                pair = np.zeros_like(alpha), np.ones_like(alpha)
+            case "v_prediction":
+                pair = sigma, alpha
+            case "sample":
+                pair = 1.0 / sigma, -alpha / sigma
+            case _:
+                pair = np.ones_like(alpha), alpha
+        return np.stack(pair, axis=-1)
+
+    def jump(self, t: ArrayLike, s: ArrayLike) -> Array:
+        """(..., 2): the first-order jump x_s = alpha_s x_0 + sigma_s eps = c[..., 0] x_t + c[..., 1] m.
+
+        t and s broadcast. The jump to the same level is exactly (1, 0).
+        """
+        t, s = np.broadcast_arrays(t, s)
+        alpha_s, sigma_s = self.at(s)
+        coef = alpha_s[..., None] * self.x0(t) + sigma_s[..., None] * self.eps(t)
+        return np.where((t == s)[..., None], np.array([1.0, 0.0]), coef)
+
+    def diffuse(self, t: ArrayLike) -> Array:
+        """(..., 2): x_t = c[..., 0] x_0 + c[..., 1] noise."""
+        return np.stack(self.at(t), axis=-1)
+
+    def renoise(self, s: ArrayLike, t: ArrayLike) -> Array:
+        """(..., 2): x_t = c[..., 0] x_s + c[..., 1] noise, from level s up to the noisier level t, variance exact.
+
+        The scale is alpha_t / alpha_s and the fresh noise fills sigma_t^2 - (alpha_t sigma_s / alpha_s)^2, which for
+        VP is 1 - alpha_bar_t / alpha_bar_s. Raises ValueError where t is cleaner than s.
+        """
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.at(s), self.at(t)
+        scale = alpha_t / alpha_s
+        variance = 1.0 - scale**2 if self.kind == "vp" else sigma_t**2 - (scale * sigma_s) ** 2
+        if (variance < -1e-12).any():
+            raise ValueError("renoise goes from a cleaner level to a noisier one; s lies above t")
+        return np.stack((scale, np.sqrt(np.maximum(variance, 0.0))), axis=-1)
+
+
+def vp_alphas_cumprod(config: Mapping[str, Any]) -> Array:
+    """alpha_bar, float64 (T,), of a VP scheduler config: beta schedule, cumulative product, zero-SNR rescale."""
+    steps = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    schedule = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], dtype=np.float64)
+    elif schedule == "linear":
+        betas = np.linspace(start, end, steps)
+    elif schedule == "scaled_linear":
+        betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+    elif schedule == "squaredcos_cap_v2":
+        # Nichol & Dhariwal 2021, eq. 17
+        bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+    else:
+        raise HypersdError(
+            f"beta_schedule {schedule!r} is unknown; use linear, scaled_linear, squaredcos_cap_v2 or trained_betas"
+        )
+    abar = np.cumprod(1.0 - betas)
+    if config.get("rescale_betas_zero_snr"):
+        # Lin et al. 2024, algorithm 1: shift sqrt(alpha_bar) so that the last is 0 and the first keeps its value
+        root = np.sqrt(abar)
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return abar
