@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from hypersd.kernels._op import explain, use
 from hypersd.kernels.affine_step import affine_step
+from hypersd.kernels.consistency_loss import consistency_loss
 
-__all__ = ["affine_step", "explain", "use"]
+__all__ = ["affine_step", "consistency_loss", "explain", "use"]

@@ -37,7 +37,8 @@ def _load() -> str:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} does not load ({str(error).splitlines()[0]}); rebuild it with `{BUILD_COMMAND}`"
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return f"{found[0].name} does not load ({reason}); rebuild it with `{BUILD_COMMAND}`"
     return ""
 
 

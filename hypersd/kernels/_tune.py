@@ -23,8 +23,8 @@ except ImportError as error:  # no wheel for this platform: ops keep their refer
     triton = tl = None
     _missing = f"Triton is not installed ({error}); `pip install triton` where it has a wheel"
 
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
+    def jit(function: Any = None, **options: Any) -> Any:
+        return function if function else lambda wrapped: wrapped
 else:
     _missing = ""
 

@@ -1,0 +1,45 @@
+// Instruction sets by function, chosen once at run time: one binary runs on every x86-64 and uses what the CPU has.
+//
+// A kernel is one always-inlined body of plain loops; HYPERSD_KERNEL wraps it into a function per instruction set, where
+// the compiler inlines and vectorises it anew, and a dispatcher of the plain name.
+#pragma once
+
+#if defined(_MSC_VER)
+#define HYPERSD_INLINE __forceinline
+#define HYPERSD_RESTRICT __restrict
+#else
+#define HYPERSD_INLINE inline __attribute__((always_inline))
+#define HYPERSD_RESTRICT __restrict__
+#endif
+
+namespace hypersd {
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();                 // what kernels use now
+int set_isa(int level);    // -2: ask, -1: widest the CPU has, else at most this level; returns the level in use
+
+}  // namespace hypersd
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HYPERSD_AVX2 __attribute__((target("avx2,fma,f16c")))
+#if defined(__clang__)
+#define HYPERSD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#else
+#define HYPERSD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")))
+#endif
+#define HYPERSD_KERNEL(NAME, PARAMETERS, ARGUMENTS)                     \
+  static void NAME##_baseline PARAMETERS { NAME##_body ARGUMENTS; }     \
+  HYPERSD_AVX2 static void NAME##_avx2 PARAMETERS { NAME##_body ARGUMENTS; }     \
+  HYPERSD_AVX512 static void NAME##_avx512 PARAMETERS { NAME##_body ARGUMENTS; } \
+  static void NAME PARAMETERS {                                         \
+    switch (hypersd::isa()) {                                           \
+      case hypersd::Isa::avx512: NAME##_avx512 ARGUMENTS; break;        \
+      case hypersd::Isa::avx2: NAME##_avx2 ARGUMENTS; break;            \
+      default: NAME##_baseline ARGUMENTS;                               \
+    }                                                                   \
+  }
+#else
+#define HYPERSD_KERNEL(NAME, PARAMETERS, ARGUMENTS) \
+  static void NAME PARAMETERS { NAME##_body ARGUMENTS; }
+#endif

@@ -1,0 +1,241 @@
+// A latent batch as rows: row = one sample, width = its elements, in one memory order that all operands share.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "isa.h"
+
+namespace hypersd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 1024;         // elements converted and computed at a time: buffers stay in the first cache
+constexpr int64_t kGrain = 32 * kChunk;  // elements below which a second thread costs more than it gives
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+         type == ScalarType::Double;
+}
+
+// Sizes, strides and memory of a tensor, borrowed: valid while the tensor lives.
+struct View {
+  const int64_t* size;
+  const int64_t* stride;
+  int64_t dim;
+  int64_t numel;
+  ScalarType type;
+  char* data;
+
+  explicit View(const Tensor& t)
+      : size(t.sizes().data()), stride(t.strides().data()), dim(t.dim()), numel(t.numel()), type(t.scalar_type()),
+        data(static_cast<char*>(t.data_ptr())) {}
+
+  bool same_size(const View& o) const {
+    return dim == o.dim && std::memcmp(size, o.size, sizeof(int64_t) * dim) == 0;
+  }
+  bool same_layout(const View& o) const {
+    for (int64_t d = 0; d < dim; ++d)
+      if (size[d] != 1 && stride[d] != o.stride[d]) return false;
+    return true;
+  }
+  // Whether the dimensions from `first` on fill memory without gaps, in any order, and a batch dimension before them
+  // steps over whole samples.
+  bool dense(int64_t first) const {
+    if (numel == 0) return true;
+    int64_t expected = 1;
+    uint64_t used = 0;
+    for (int64_t round = first; round < dim; ++round) {
+      for (int64_t d = dim - 1; d >= first; --d) {
+        if (!(used >> d & 1) && size[d] != 1 && stride[d] == expected) {
+          used |= uint64_t{1} << d;
+          expected *= size[d];
+          break;
+        }
+      }
+    }
+    const int64_t per_sample = first && size[0] ? numel / size[0] : numel;
+    return expected == per_sample && (first == 0 || size[0] == 1 || stride[0] == per_sample);
+  }
+};
+
+inline Tensor empty_strided(const View& like, const int64_t* stride, ScalarType type) {
+  int32_t code = type == ScalarType::Float    ? aoti_torch_dtype_float32()
+                 : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                 : type == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                              : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(like.dim, like.size, stride, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// An output like `x`, and how to walk it. `layout` is the output itself, or a contiguous stand-in copied back at the end
+// when the output's memory order does not keep samples apart.
+struct Output {
+  Tensor result, work;
+  bool copy_back = false;
+
+  Output(const Tensor& x, const View& view, bool per_sample) {
+    const int64_t first = per_sample && view.dim > 0;
+    if (view.dense(first)) {
+      result = work = empty_strided(view, view.stride, view.type);
+      return;
+    }
+    result = work = torch::stable::empty_like(x);  // torch's own rule for strides, as the fake implementation says
+    if (!View(result).dense(first)) {
+      int64_t stride[64], running = 1;
+      for (int64_t d = view.dim - 1; d >= 0; --d) stride[d] = running, running *= view.size[d] ? view.size[d] : 1;
+      work = empty_strided(view, stride, view.type);
+      copy_back = true;
+    }
+  }
+  Tensor finish() {
+    if (copy_back) torch::stable::copy_(result, work);
+    return result;
+  }
+};
+
+// `t` in the memory order of `layout`: itself, or a copy.
+inline Tensor matched(const Tensor& t, const View& view, const View& layout) {
+  if (view.same_layout(layout)) return t;
+  Tensor copy = empty_strided(layout, layout.stride, view.type);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// Numbers on the host: float64 or float32, any strides.
+struct Numbers {
+  View view;
+
+  Numbers(const Tensor& t, const char* name) : view(t) {
+    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+    STD_TORCH_CHECK(view.type == ScalarType::Double || view.type == ScalarType::Float, name,
+                    ": expected float64 or float32");
+  }
+  double read(int64_t offset) const {
+    return view.type == ScalarType::Double ? reinterpret_cast<const double*>(view.data)[offset]
+                                           : reinterpret_cast<const float*>(view.data)[offset];
+  }
+};
+
+// (columns,), the same for every sample, or (batch, columns).
+struct Coefficients : Numbers {
+  int64_t rows, row_stride, column_stride;
+
+  Coefficients(const Tensor& t, const char* name, int64_t batch, int64_t columns) : Numbers(t, name) {
+    const bool batched = view.dim == 2 && view.size[0] == batch;
+    STD_TORCH_CHECK((view.dim == 1 || batched) && view.size[view.dim - 1] == columns, name, ": wrong shape");
+    rows = batched ? batch : 1;
+    row_stride = rows > 1 ? view.stride[0] : 0;
+    column_stride = view.stride[view.dim - 1];
+  }
+  double at(int64_t row, int64_t column) const { return read(row * row_stride + column * column_stride); }
+};
+
+// (batch,), or one number for all.
+struct Vector : Numbers {
+  int64_t stride;
+
+  Vector(const Tensor& t, const char* name, int64_t batch) : Numbers(t, name) {
+    STD_TORCH_CHECK(view.dim == 0 || (view.dim == 1 && view.size[0] == batch), name, ": wrong shape");
+    stride = view.dim ? view.stride[0] : 0;
+  }
+  double at(int64_t row) const { return read(row * stride); }
+};
+
+HYPERSD_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+HYPERSD_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+HYPERSD_INLINE float from_bfloat16(uint16_t h) { return bits_to_float(uint32_t{h} << 16); }
+HYPERSD_INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+// fp16 without branches, so that the loops vectorise: rescale by exact powers of two, and let the FPU round.
+HYPERSD_INLINE float from_half(uint16_t h) {
+  const uint32_t shifted = uint32_t{h} << 16, twice = shifted + shifted;
+  const float normal = bits_to_float((twice >> 4) + (uint32_t{0xe0} << 23)) * 0x1p-112f;
+  const float subnormal = bits_to_float((twice >> 17) | (uint32_t{126} << 23)) - 0.5f;
+  const uint32_t magnitude = float_to_bits(twice < (uint32_t{1} << 27) ? subnormal : normal);
+  return bits_to_float((shifted & 0x80000000u) | magnitude);
+}
+HYPERSD_INLINE uint16_t to_half(float value) {
+  const uint32_t bits = float_to_bits(value), sign = bits & 0x80000000u, twice = bits + bits;
+  float base = (bits_to_float(bits & 0x7fffffffu) * 0x1p112f) * 0x1p-110f;
+  uint32_t bias = twice & 0xff000000u;
+  bias = bias < 0x71000000u ? 0x71000000u : bias;
+  base = bits_to_float((bias >> 1) + 0x07800000u) + base;
+  const uint32_t rounded = float_to_bits(base);
+  const uint32_t magnitude = (rounded >> 13 & 0x7c00u) + (rounded & 0xfffu);
+  return static_cast<uint16_t>(sign >> 16 | (twice > 0xff000000u ? 0x7e00u : magnitude));
+}
+
+template <class C>
+struct TypeOf;
+template <>
+struct TypeOf<float> {
+  static constexpr ScalarType value = ScalarType::Float;
+};
+template <>
+struct TypeOf<double> {
+  static constexpr ScalarType value = ScalarType::Double;
+};
+
+// `count` elements from `offset` on as C: in place when they are C already, else converted into `buffer`.
+template <class C>
+HYPERSD_INLINE const C* load(const char* data, ScalarType type, int64_t offset, int64_t count, C* HYPERSD_RESTRICT buffer) {
+  if (type == TypeOf<C>::value) return reinterpret_cast<const C*>(data) + offset;
+  if (type == ScalarType::BFloat16) {
+    const uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<const uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = from_bfloat16(p[i]);
+  } else if (type == ScalarType::Half) {
+    const uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<const uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = from_half(p[i]);
+  } else if (type == ScalarType::Float) {
+    const float* HYPERSD_RESTRICT p = reinterpret_cast<const float*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<C>(p[i]);
+  } else {
+    const double* HYPERSD_RESTRICT p = reinterpret_cast<const double*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<C>(p[i]);
+  }
+  return buffer;
+}
+
+// Where to compute `count` elements: in place when the output is C, else in `buffer`, for `store` to convert.
+template <class C>
+HYPERSD_INLINE C* target(char* data, ScalarType type, int64_t offset, C* buffer) {
+  return type == TypeOf<C>::value ? reinterpret_cast<C*>(data) + offset : buffer;
+}
+template <class C>
+HYPERSD_INLINE void store(char* data, ScalarType type, int64_t offset, int64_t count, const C* HYPERSD_RESTRICT buffer) {
+  if (type == TypeOf<C>::value) return;
+  if (type == ScalarType::BFloat16) {
+    uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = to_bfloat16(static_cast<float>(buffer[i]));
+  } else if (type == ScalarType::Half) {
+    uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = to_half(static_cast<float>(buffer[i]));
+  } else {
+    float* HYPERSD_RESTRICT p = reinterpret_cast<float*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<float>(buffer[i]);
+  }
+}
+
+}  // namespace hypersd

@@ -1,0 +1,75 @@
+// Every operator that has a C++ kernel, on one screen. Schemas live with the definitions in hypersd/kernels/<op>.py;
+// the comment above each registration repeats them, and a test compares the two.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#ifndef HYPERSD_SOURCE_HASH
+#define HYPERSD_SOURCE_HASH 0
+#endif
+
+namespace hypersd {
+namespace {
+
+int widest() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+  return 0;
+}
+
+int initial() {
+  const char* cap = std::getenv("HYPERSD_ISA");
+  const int limit = !cap ? 2 : !std::strcmp(cap, "baseline") ? 0 : !std::strcmp(cap, "avx2") ? 1 : 2;
+  return limit < widest() ? limit : widest();
+}
+
+std::atomic<int> current{initial()};
+
+int64_t native_isa(int64_t level) { return set_isa(static_cast<int>(level)); }
+int64_t native_hash() { return static_cast<int64_t>(HYPERSD_SOURCE_HASH); }
+
+}  // namespace
+
+Isa isa() { return static_cast<Isa>(current.load(std::memory_order_relaxed)); }
+
+int set_isa(int level) {
+  if (level == -1) current = initial();
+  if (level >= 0) current = level < widest() ? level : widest();
+  return current;
+}
+
+}  // namespace hypersd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
+  m.def("_native_isa(int level) -> int");  // see set_isa
+  m.def("_native_hash() -> int");          // fingerprint of the sources this was built from
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
+  m.impl("_native_isa", TORCH_BOX(&hypersd::native_isa));
+  m.impl("_native_hash", TORCH_BOX(&hypersd::native_hash));
+}
+
+// A differentiable op is registered twice: with and (leading underscore) without autograd, see hypersd/kernels/_op.py.
+STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
+  // affine_step(Tensor x, Tensor eps_cond, Tensor coef, Tensor? eps_uncond, Tensor? history, Tensor? noise) -> Tensor
+  m.impl("affine_step", TORCH_BOX(&hypersd::affine_step));
+  m.impl("_affine_step", TORCH_BOX(&hypersd::affine_step));
+
+  // affine_step_backward(Tensor grad, Tensor coef, int term) -> Tensor
+  m.impl("affine_step_backward", TORCH_BOX(&hypersd::affine_step_backward));
+
+  // consistency_loss(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef, Tensor? weight, int kind, float c, bool mean, bool with_slope) -> (Tensor, Tensor)
+  m.impl("consistency_loss", TORCH_BOX(&hypersd::consistency_loss));
+  m.impl("_consistency_loss", TORCH_BOX(&hypersd::consistency_loss));
+
+  // consistency_loss_backward(Tensor slope, Tensor upstream, Tensor? weight) -> Tensor
+  m.impl("consistency_loss_backward", TORCH_BOX(&hypersd::consistency_loss_backward));
+}

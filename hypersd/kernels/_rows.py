@@ -1,0 +1,110 @@
+"""A latent batch as rows: one row per sample, `width` elements each, in one memory order that all operands share.
+
+The Python twin of csrc/cpu/rows.h: argument checks for every implementation, memory order for the Triton launchers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hypersd.kernels._tune import Config, lookup
+
+SMS = 132  # of an H100 or H200: what the analytic choice of a grid counts with
+ELEMENTS_PER_THREAD = 8  # 128 bits of a 16-bit type
+
+
+def check_tensor(name: str, value: object, like: Tensor | None = None, like_name: str = "") -> None:
+    """Raise TypeError or ValueError unless `value` is a floating-point tensor (of the shape and device of `like`)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point dtype")
+    if like is None:
+        if value.dim() < 1:
+            raise ValueError(f"{name}: got a 0-d tensor, expected a batch dimension")
+        return
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(like.shape)} as {like_name}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device} as {like_name}")
+
+
+def check_numbers(name: str, value: object, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `value` is a float32 or float64 tensor of one of `shapes`, here or on the host."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float64 tensor")
+    if value.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"{name}: got {value.dtype}, expected torch.float64 (or torch.float32)")
+    if not any(value.shape == shape for shape in shapes):
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    if value.device != device and value.device.type != "cpu":
+        raise ValueError(f"{name}: got device {value.device}, expected {device} or the CPU")
+
+
+def work_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What to compute in: float64 if any tensor is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def per_row(values: Tensor, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The columns of (columns,) or (batch, columns) coefficients, each shaped to broadcast over the rows of `like`."""
+    values = values.to(device=like.device, dtype=dtype)
+    table = values.reshape(-1, values.shape[-1]) if values.numel() else values.reshape(0, values.shape[-1])
+    return [column.reshape(-1, *[1] * (like.dim() - 1)) for column in table.unbind(-1)]
+
+
+def dense(t: Tensor, first: int) -> bool:
+    """Whether dimensions `first`.. fill memory without gaps, in any order, and dimension 0 steps over whole samples."""
+    if t.numel() == 0 or t.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(zip(t.shape[first:], t.stride()[first:], strict=True), key=lambda pair: pair[1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return first == 0 or t.shape[0] == 1 or t.stride(0) == expected
+
+
+def output_like(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """(result, work): an output with torch's strides for `x`, and the tensor to compute into (the same where possible)."""
+    result = torch.empty_like(x)
+    return result, result if dense(result, int(per_sample)) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def matched(t: Tensor | None, layout: Tensor) -> Tensor | None:
+    """`t` in the memory order of `layout`: itself, or a copy."""
+    if t is None or t.stride() == layout.stride() or (t.is_contiguous() and layout.is_contiguous()):
+        return t
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def on_device(t: Tensor) -> AbstractContextManager:
+    """Makes the device of `t` current, as launching Triton kernels wants."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def arch(t: Tensor) -> str:
+    """The folder of tuned configurations for the device of `t`."""
+    if not t.is_cuda or torch.version.hip:
+        return "none"
+    major, minor = torch.cuda.get_device_capability(t.device)
+    return f"sm{major}{minor}"
+
+
+@lru_cache(maxsize=1024)
+def streaming_config(op: str, arch: str, dtype: torch.dtype, rows: int, width: int) -> Config:
+    """Launch of a kernel that streams `rows` x `width` elements: the tuned row, else the largest block that fills the GPU."""
+
+    def analytic() -> Config:
+        for block in (1024, 512, 256):
+            if rows * -(-width // block) >= 2 * SMS:
+                break
+        return Config({"BLOCK": block}, num_warps=block // (32 * ELEMENTS_PER_THREAD))
+
+    return lookup(op, arch, dtype, {"rows": max(rows, 1), "width": max(width, 1)}, analytic)

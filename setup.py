@@ -1,0 +1,95 @@
+"""The optional C++ extension; everything else about the package is in pyproject.toml.
+
+`python setup.py build_ext --inplace` builds hypersd/_C.abi3.so for a checkout. It uses nothing but the stable C ABI of
+libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
+the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch that the stable ABI used here exists in
+
+
+def torch_include() -> Path | None:
+    """torch's headers, found without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    include = Path(spec.origin).parent / "include" if spec and spec.origin else None
+    return include if include and (include / "torch/csrc/stable/library.h").is_file() else None
+
+
+def why_not() -> str:
+    """Why no extension is built; empty when it is."""
+    if os.environ.get("HYPERSD_NATIVE") == "0":
+        return "HYPERSD_NATIVE=0"
+    if sys.platform == "win32":
+        return "it is not ported to Windows"
+    if torch_include() is None:
+        return "torch >= 2.10 is not importable here (with pip, add --no-build-isolation)"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    return "" if shutil.which(compiler) else f"no C++ compiler ({compiler}) is on PATH"
+
+
+def source_hash() -> str:
+    """The fingerprint that hypersd.kernels._native compares; its own code, so that both agree."""
+    text = (ROOT / "hypersd/kernels/_native.py").read_text()
+    start = text.index("def source_hash")
+    scope: dict = {"hashlib": __import__("hashlib"), "Path": Path}
+    exec(text[start : text.index("\n\n\n", start)], scope)
+    return scope["source_hash"](ROOT / "csrc")
+
+
+class OptionalBuild(build_ext):
+    """Builds what can be built; a failing compiler leaves the pure-Python package and one line that says so."""
+
+    def run(self) -> None:
+        reason = why_not()
+        if not reason:
+            try:
+                self.compiler = None
+                super().run()
+                return
+            except Exception as error:  # whatever a foreign tool chain does, the pure-Python package must install
+                reason = f"the build failed ({error})"
+        print(f"hypersd: no C++ kernels are built: {reason}; the operators run their reference", file=sys.stderr)
+        self.extensions = []
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # a library for torch.ops.load_library, not a Python module
+
+
+def extension() -> Extension:
+    os.environ.setdefault("CC", "cc")
+    os.environ.setdefault("CXX", "c++")
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+    return Extension(
+        "hypersd._C",
+        sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        include_dirs=[str(torch_include() or "")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET),
+            ("HYPERSD_SOURCE_HASH", f"0x{source_hash()}ULL"),
+            ("Py_LIMITED_API", "0x030A0000"),
+        ],
+        extra_compile_args=flags,
+        library_dirs=[str(torch_include().parent / "lib")] if torch_include() else [],
+        libraries=["torch_cpu"],  # found by its name: it is in the process already
+        extra_link_args=["-s"] if sys.platform == "linux" else [],
+        language="c++",
+        py_limited_api=True,
+    )
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": OptionalBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
