@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from hypersd.errors import HypersdError
@@ -79,7 +80,7 @@ class NoiseProcess:
         is_flow = "FlowMatch" in str(config.get("_class_name", "")) or "shift" in config or "flow" in str(prediction)
         if is_flow or config.get("use_flow_sigmas"):
             return cls._flow(config, mu)
-        abar = vp_alphas_cumprod(config)
+        abar = torch.cumprod(1.0 - vp_betas(config), dim=0).numpy()
         return cls.from_alphas_cumprod(
             abar, prediction_type=prediction, set_alpha_to_one=bool(config.get("set_alpha_to_one", True))
         )
@@ -191,28 +192,29 @@ class NoiseProcess:
         return np.stack((scale, np.sqrt(np.maximum(variance, 0.0))), axis=-1)
 
 
-def vp_alphas_cumprod(config: Mapping[str, Any]) -> Array:
-    """alpha_bar, float64 (T,), of a VP scheduler config: beta schedule, cumulative product, zero-SNR rescale."""
+def vp_betas(config: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """beta, shape (T,), of a VP scheduler config, computed in `dtype` with the zero-terminal-SNR rescale applied."""
     steps = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
     schedule = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        betas = torch.as_tensor(np.asarray(config["trained_betas"], dtype=np.float64)).to(dtype)
     elif schedule == "linear":
-        betas = np.linspace(start, end, steps)
+        betas = torch.linspace(start, end, steps, dtype=dtype)
     elif schedule == "scaled_linear":
-        betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
     elif schedule == "squaredcos_cap_v2":
         # Nichol & Dhariwal 2021, eq. 17
         bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+        betas = torch.from_numpy(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)).to(dtype)
     else:
         raise HypersdError(
             f"beta_schedule {schedule!r} is unknown; use linear, scaled_linear, squaredcos_cap_v2 or trained_betas"
         )
-    abar = np.cumprod(1.0 - betas)
     if config.get("rescale_betas_zero_snr"):
         # Lin et al. 2024, algorithm 1: shift sqrt(alpha_bar) so that the last is 0 and the first keeps its value
-        root = np.sqrt(abar)
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return abar
+        root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        abar = root**2
+        betas = 1.0 - torch.cat((abar[:1], abar[1:] / abar[:-1]))
+    return betas

@@ -1,0 +1,114 @@
+"""The sampling loop: one network call and one `affine_step` per row of a table, nothing read back from the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from hypersd.errors import HypersdError
+from hypersd.kernels import affine_step
+from hypersd.models.backbone import Backbone
+from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling import solvers
+from hypersd.sampling.solvers import Table
+from hypersd.sampling.timesteps import lcm_grid, trailing
+
+Denoise = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    table: Table,
+    x_T: Tensor,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Run the solver of `table` from x_T (B, C, H, W); returns the last x, same shape and dtype.
+
+    denoise(x_t, timestep (B,)) gives the network output m, or (m conditional, m unconditional) for a guided table.
+    Fresh noise is drawn per step from `generator` (one per sample if a list), only in rows that use it. progress(done,
+    total) is called after every step. Keep x_T in float32: it is the accumulator, the network may run in 16 bit.
+    """
+    coef = torch.from_numpy(table.coef).to(x_T.device)
+    timesteps = torch.from_numpy(table.timesteps).to(x_T.device)
+    if timesteps.is_floating_point():
+        timesteps = timesteps.float()
+    is_guided, is_noisy = table.is_guided, table.coef[:, 4] != 0
+    if table.coef[:, 3].any():
+        raise HypersdError("multistep tables (history) cannot be sampled yet")
+    x = x_T
+    for i in range(len(table)):
+        m = denoise(x, timesteps[i].expand(len(x)))
+        if isinstance(m, Tensor) is is_guided:
+            wanted = "a pair (conditional, unconditional)" if is_guided else "one tensor"
+            raise HypersdError(f"denoise must return {wanted} for this table")
+        cond, uncond = m if is_guided else (m, None)
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) if is_noisy[i] else None
+        x = affine_step(
+            x,
+            cond.to(x.dtype),  # type: ignore[union-attr]
+            coef[i],
+            eps_uncond=None if uncond is None else uncond.to(x.dtype),
+            noise=noise,
+        )
+        if progress is not None:
+            progress(i + 1, len(table))
+    return x
+
+
+def denoiser(
+    backbone: Backbone, cond: Mapping[str, Any], *, null: Mapping[str, Any] | None = None, role: str = "student"
+) -> Denoise:
+    """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B."""
+    if null is None:
+        return lambda x_t, timestep: backbone(x_t, timestep, cond, role=role)
+    if cond.keys() != null.keys():
+        raise HypersdError(f"conditions {sorted(cond)} and null conditions {sorted(null)} differ")
+    both = {name: torch.cat((cond[name], null[name])) for name in cond}
+
+    def denoise(x_t: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        m = backbone(torch.cat((x_t, x_t)), torch.cat((timestep, timestep)), both, role=role)
+        return m[: len(x_t)], m[len(x_t) :]
+
+    return denoise
+
+
+def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int | None = None) -> Table:
+    """The table that a LoRA file asks for, from its safetensors metadata (see `hypersd.models.save_lora`).
+
+    `steps` picks one of the step counts that the file names; the default is the largest. Guidance at or below 1 means
+    none, as in diffusers. Raises HypersdError for metadata that does not fit the process or cannot be read.
+    """
+    if metadata.get("prediction_type", process.prediction_type) != process.prediction_type:
+        raise HypersdError(
+            f"the LoRA was made for {metadata['prediction_type']} and the model predicts {process.prediction_type}"
+        )
+    solver = metadata.get("solver", "tcd")
+    if solver not in ("ddim", "tcd", "lcm"):
+        raise HypersdError(f"the LoRA metadata names solver {solver!r}; ddim, tcd and lcm are known")
+    try:
+        offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
+        stored = json.loads(metadata.get("timesteps", "null"))
+        options = {"eta": float(metadata["eta"])} if "eta" in metadata and solver != "lcm" else {}
+        guidance = float(metadata.get("guidance_scale", 1.0))
+    except ValueError as error:
+        raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
+    if steps is None:
+        steps = offered[-1] if offered else len(stored) if isinstance(stored, list) else 4
+    elif offered and steps not in offered:
+        raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
+    grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
+    if grid is None or len(grid) != steps:
+        spaced = trailing if solver == "ddim" else lcm_grid
+        grid = spaced(steps, process.num_train_timesteps)
+    make: Callable[..., Table] = getattr(solvers, solver)
+    table = make(process, np.asarray(grid), **options)
+    return table.guided(guidance) if guidance > 1 else table

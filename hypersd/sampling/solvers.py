@@ -1,0 +1,154 @@
+"""A solver is a function that returns a table of float64 coefficients, one row of `affine_step` per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hypersd.errors import HypersdError
+from hypersd.models.noise_process import NoiseProcess
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """S solver steps.
+
+    timesteps (S,): what the network is fed, int64 for VP processes, float64 for flow. coef (S, 5) float64, in the order
+    of `affine_step`: x_t, m conditional, m unconditional, history, noise. Column 2 is 0 in every row of a table without
+    classifier-free guidance.
+    """
+
+    timesteps: NDArray[np.int64] | Array
+    coef: Array
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def is_guided(self) -> bool:
+        """True where the unconditional output is needed."""
+        return bool(self.coef[:, 2].any())
+
+    def guided(self, guidance_scale: float) -> Table:
+        """Classifier-free guidance m = u + g (c - u) (Ho & Salimans 2022), in the network's own output space.
+
+        Every solver here is affine in m, so guidance only splits its coefficient: k1 -> g k1 and (1 - g) k1.
+        g = 1 leaves the table as it is, with one network output per step.
+        """
+        if self.is_guided:
+            raise HypersdError("the table is guided already")
+        if not np.isfinite(guidance_scale):
+            raise HypersdError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        coef = self.coef.copy()
+        coef[:, 1], coef[:, 2] = guidance_scale * self.coef[:, 1], (1.0 - guidance_scale) * self.coef[:, 1]
+        return replace(self, coef=coef)
+
+
+def ddim(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, eta: float = 0.0) -> Table:
+    """DDIM (Song et al. 2021, eq. 12, 16) along `timesteps`, the last step to the final point of the process.
+
+    With eta = 0 every row is the first-order jump, so for flow processes this is Euler. eta in [0, 1] adds noise of
+    variance eta^2 (1 - abar_p) / (1 - abar_t) (1 - abar_t / abar_p), VP only.
+    """
+    t = _grid(process, timesteps)
+    return Table(process.network_timestep(t), ddim_rows(process, t, np.append(t[1:], -1), eta))
+
+
+def ddim_rows(process: NoiseProcess, t: ArrayLike, p: ArrayLike, eta: float = 0.0) -> Array:
+    """(..., 5): DDIM steps from t to p."""
+    alpha_p, direction, std = ddim_parts(process, t, p, eta)
+    return rows(alpha_p[..., None] * process.x0(t) + direction[..., None] * process.eps(t), noise=std)
+
+
+def ddim_parts(process: NoiseProcess, t: ArrayLike, p: ArrayLike, eta: float = 0.0) -> tuple[Array, Array, Array]:
+    """(a, b, c) with x_p = a x_0 + b eps + c noise."""
+    if not eta >= 0:
+        raise HypersdError(f"eta must be 0 or more, got {eta}")
+    (alpha_t, sigma_t), (alpha_p, sigma_p) = process.at(t), process.at(p)
+    if eta == 0:
+        return alpha_p, sigma_p, np.zeros_like(alpha_p)
+    if process.kind != "vp":
+        raise HypersdError("DDIM with eta > 0 is defined for VP models only; use eta = 0 or the tcd solver")
+    # a step that goes nowhere or backwards adds no noise
+    variance = np.maximum((sigma_p / sigma_t) ** 2 * (1.0 - (alpha_t / alpha_p) ** 2), 0.0)
+    std = eta * np.sqrt(variance)
+    return alpha_p, np.sqrt(np.maximum(sigma_p**2 - std**2, 0.0)), std
+
+
+def tcd(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, eta: float = 0.3) -> Table:
+    """TCD (Zheng et al. 2024, strategic stochastic sampling): jump to s = floor((1 - eta) p), then re-noise up to p.
+
+    p is the next timestep. eta = 0 is DDIM on this grid, eta = 1 jumps to index 0 every time. The last step has p = 0
+    and no noise: a VP sample ends at index 0 (alpha_bar_0), a flow sample at sigma = 0.
+    """
+    t = _grid(process, timesteps)
+    return Table(process.network_timestep(t), tcd_rows(process, t, eta))
+
+
+def tcd_rows(process: NoiseProcess, t: NDArray[np.int64], eta: float) -> Array:
+    """(S, 5): TCD steps along the grid t."""
+    jump, noise = tcd_parts(process, t, eta)
+    return rows(jump * noise[:, :1], noise=noise[:, 1])
+
+
+def tcd_parts(process: NoiseProcess, t: NDArray[np.int64], eta: float) -> tuple[Array, Array]:
+    """((S, 2), (S, 2)): x_s = j[0] x_t + j[1] m, then x_p = r[0] x_s + r[1] noise."""
+    if not 0 <= eta <= 1:
+        raise HypersdError(f"eta must be in [0, 1], got {eta}")
+    end = 0 if process.kind == "vp" else -1
+    p = np.append(t[1:], end)
+    # in float32, as every published TCD sampler: where (1 - eta) p is an integer, rounding decides the index
+    s = np.floor(np.float32(1.0 - eta) * p.astype(np.float32)).astype(np.int64)
+    s[-1] = end
+    return process.jump(t, s), process.renoise(s, p)
+
+
+def lcm(
+    process: NoiseProcess,
+    timesteps: Sequence[int] | ArrayLike,
+    *,
+    timestep_scaling: float = 10.0,
+    sigma_data: float = 0.5,
+) -> Table:
+    """LCM (Luo et al. 2023): x = c_skip x_t + c_out x_0, then re-noise to the next timestep; the last step stops at x.
+
+    With timesteps [800] this is the rule of one-step models trained at t = 800: pure noise in, x_0 out.
+    """
+    t = _grid(process, timesteps)
+    denoised = lcm_denoised(process, t, timestep_scaling, sigma_data)
+    alpha_p, sigma_p = (np.append(level, end) for level, end in zip(process.at(t[1:]), (1.0, 0.0), strict=True))
+    return Table(process.network_timestep(t), rows(alpha_p[:, None] * denoised, noise=sigma_p))
+
+
+def lcm_denoised(process: NoiseProcess, t: ArrayLike, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> Array:
+    """(..., 2): the consistency output c_skip x_t + c_out x_0 as coefficients of (x_t, m)."""
+    skip, out = lcm_boundary(t, timestep_scaling, sigma_data)
+    return out[..., None] * process.x0(t) + skip[..., None] * np.array([1.0, 0.0])
+
+
+def lcm_boundary(t: ArrayLike, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Array, Array]:
+    """(c_skip, c_out): c_skip = d^2 / (u^2 + d^2), c_out = u / sqrt(u^2 + d^2), u = scaling * t, d = sigma_data."""
+    u = np.asarray(t, dtype=np.float64) * timestep_scaling
+    norm = u**2 + sigma_data**2
+    return sigma_data**2 / norm, u / np.sqrt(norm)
+
+
+def rows(pair: Array, *, history: Array | float = 0.0, noise: Array | float = 0.0) -> Array:
+    """(..., 5) rows of `affine_step` from (..., 2) coefficients of x_t and m."""
+    coef = np.zeros((*pair.shape[:-1], 5))
+    coef[..., :2], coef[..., 3], coef[..., 4] = pair, history, noise
+    return coef
+
+
+def _grid(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
+    t = np.asarray(timesteps)
+    if t.ndim != 1 or not t.size or t.dtype.kind not in "iu" or (np.diff(t.astype(np.int64)) >= 0).any():
+        raise HypersdError(f"timesteps must be integers in descending order, got {list(np.atleast_1d(t))[:8]}")
+    if t[-1] < 0 or t[0] >= process.num_train_timesteps:
+        raise HypersdError(f"timesteps must lie in 0..{process.num_train_timesteps - 1}, got {t[0]}..{t[-1]}")
+    return t.astype(np.int64)
