@@ -1,0 +1,180 @@
+"""What lora_linear and lora_conv2d share: their arguments, the folded weight, and which form runs.
+
+Both are y = W x + bias + scale b (a x). With M output positions, K inputs to each, N outputs and rank r:
+ split        the rank-wide product first; its expansion starts the sum (or joins it before the one rounding)
+ accumulate   the base product first, then the update onto it
+ fold         W' = W + scale b a in scratch, then one product: N K r work a call, where the others pay M r (K + N)
+ thin, full   dA and dB through dS and S, both M x r, or through G = dY^T X, the gradient that W would have had
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypersd.kernels._tune import CONFIGS
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+MAX_DISTANCE = 2.0  # powers of two, summed over M, K, N, r: a measured row farther away than this is not used
+
+# Rough rates for shapes that no row is near: FLOP/s, bytes/s, seconds per product.
+_RATES = {"cpu": (1.3e11, 2.0e10, 5e-6), "cuda": (5.0e13, 2.5e12, 5e-6)}
+
+
+class Plan(NamedTuple):
+    """The form of y, of dX and of (dA, dB), and where the choice comes from."""
+
+    forward: str
+    input_grad: str
+    adapter_grad: str
+    provenance: str
+
+    def __str__(self) -> str:
+        return f"y by {self.forward}, dX by {self.input_grad}, dA and dB by {self.adapter_grad} [{self.provenance}]"
+
+
+def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict[str, float]:
+    """Microseconds of each part from arithmetic, traffic and the number of products."""
+    flops, bandwidth, launch = _RATES.get(device, _RATES["cuda"])
+
+    def product(p: int, q: int, inner: int, accumulate: bool = False) -> float:
+        moved = p * inner + inner * q + p * q * (2 if accumulate else 1)
+        return 1e6 * (2 * p * q * inner / flops + moved * itemsize / bandwidth + launch)
+
+    fold = product(n, k, r, True)
+    return {
+        "split": product(m, r, k) + product(m, n, r) + product(m, n, k, True),
+        "accumulate": product(m, r, k) + product(m, n, k) + product(m, n, r, True),
+        "fold": fold + product(m, n, k),
+        "dx_split": product(m, k, r) + product(m, k, n, True),
+        "dx_accumulate": product(m, k, n) + product(m, k, r, True),
+        "dx_fold": fold + product(m, k, n),
+        "ds": product(m, r, n),
+        "thin": product(m, r, k) + product(r, k, m) + product(n, r, m),
+        "full": product(n, k, m) + product(r, k, n) + product(n, r, k),
+    }
+
+
+@cache
+def _table(op: str, device: str) -> tuple[str, tuple[dict, ...]]:
+    path = CONFIGS / device / f"{op}.json"
+    if not path.is_file():
+        return "", ()
+    table = json.loads(path.read_text())
+    return table["provenance"], tuple(table["rows"])
+
+
+@cache
+def plan(
+    op: str,
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    device: str,
+    need_x: bool = True,
+    need_adapter: bool = True,
+) -> Plan:
+    """The cheapest allowed forms: by the nearest measured row of this op, device type and dtype, else by arithmetic.
+
+    y is never folded in 16 bit: W + scale b a, rounded, loses an update below half a unit of W. Nor is it accumulated,
+    for the same reason. dX may fold: it is rounded to 16 bits anyway, and the error stays the plain expression's.
+    """
+    name, sizes = str(dtype).removeprefix("torch."), {"M": m, "K": k, "N": n, "R": r}
+
+    def away(row: dict) -> float:
+        return sum(abs(math.log2(max(sizes[key], 1) / row["sizes"][key])) for key in sizes)
+
+    source, rows = _table(op, device)
+    nearest = min((row for row in rows if row["dtype"] == name), key=away, default=None)
+    if nearest is not None and away(nearest) <= MAX_DISTANCE:
+        us, provenance = nearest["us"], f"{source}, row " + "x".join(str(v) for v in nearest["sizes"].values())
+    else:
+        us, provenance = analytic(m, k, n, r, device, dtype.itemsize), "analytic"
+    forward = "split" if dtype in SIXTEEN_BIT else min(("split", "accumulate", "fold"), key=us.__getitem__)
+    # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
+    gradients = ("thin",) if dtype == torch.float16 else ("thin", "full")
+    best, chosen = math.inf, ("split", "thin")
+    for dx in ("split", "accumulate", "fold") if need_x else ("split",):
+        for adapter in gradients if need_adapter else ("thin",):
+            total = (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
+            if needs_ds(dx, adapter, need_x, need_adapter):
+                total += us["ds"]
+            if total < best:
+                best, chosen = total, (dx, adapter)
+    return Plan(forward, *chosen, provenance)
+
+
+def needs_ds(input_grad: str, adapter_grad: str, need_x: bool, need_adapter: bool) -> bool:
+    """Whether these forms use dS = dY b."""
+    return (need_adapter and adapter_grad == "thin") or (need_x and input_grad != "fold")
+
+
+def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
+    """scale b. A scale that lives on a device stays there: nothing waits for it."""
+    if scale_tensor is not None:
+        return b * (scale_tensor * scale).to(b.dtype)
+    return b if scale == 1.0 else b * scale
+
+
+def fold(weight: Tensor, a: Tensor, bs: Tensor) -> Tensor:
+    """W + bs a in W's dtype and memory format; for a linear layer or a convolution."""
+    if weight.dim() == 4 and weight.stride(1) == 1 and not weight.is_contiguous():  # channels last
+        rows = weight.permute(0, 2, 3, 1)
+        folded = torch.addmm(rows.flatten(1), bs.flatten(1), a.permute(0, 2, 3, 1).flatten(1))
+        return folded.view(rows.shape).permute(0, 3, 1, 2)
+    return torch.addmm(weight.flatten(1), bs.flatten(1), a.flatten(1)).view(weight.shape)
+
+
+def fold_weight(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """W' = W + scale b a in new memory, without gradient: a layer with this weight is the layer with its adapter.
+
+    Linear: weight (out, in), a (r, in), b (out, r). Convolution: weight (out, in, kh, kw), a (r, in, kh, kw),
+    b (out, r, 1, 1); the memory format is weight's. Summed in float32 at least and stored as `dtype` (default:
+    weight's). In 16 bit an update below half a unit of W vanishes: ask for float32 there.
+    """
+    with torch.no_grad():
+        work = torch.promote_types(weight.dtype, torch.float32)
+        bs = b.to(work) * scale
+        return fold(weight.to(work), a.to(work), bs).to(dtype or weight.dtype)
+
+
+def check(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None
+) -> None:
+    """What both ops ask alike: one dtype, one device, a bias that fits, a scalar scale."""
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one")
+    for name, tensor in (("weight", weight), ("bias", bias), ("a", a), ("b", b)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, x has {x.dtype}; cast one of them")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    if scale_tensor is not None and scale_tensor.dim() != 0:
+        raise ValueError(f"{op}: scale has shape {tuple(scale_tensor.shape)}, expected a float or a 0-d tensor")
+
+
+def arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None]:
+    """The schema's arguments: adapter in x's dtype, everything in autocast's, the scale as a float or a tensor."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if a.dtype != x.dtype:
+        a = a.to(x.dtype)
+    if b.dtype != x.dtype:
+        b = b.to(x.dtype)
+    if isinstance(scale, Tensor):
+        return x, weight, bias, a, b, 1.0, scale
+    return x, weight, bias, a, b, float(scale), None

@@ -1,0 +1,332 @@
+"""lora_conv2d: y = conv(x, W) + bias + scale conv1x1(conv(x, a), b), with W and bias frozen
+
+ backward  dX = conv^T(dY, W) + conv^T(dS, a),  dS = scale conv1x1^T(dY, b);  dA = the weight gradient of conv(x, a) at
+           dS;  dB = scale dY^T S,  S = conv(x, a).  No weight gradient of W is computed, save where `full` uses it
+ flops     2 M K N + 2 M r (K + N) as written: M output positions, K = in kh kw, N out
+ bytes     x, W, a, b read, y written
+
+_lora.py names the exact forms (split, accumulate, fold; thin, full); the cheapest is taken and `explain` shows it.
+In 16 bit the base convolution, the update and the bias are added before the one rounding where the CPU has oneDNN;
+elsewhere the update is added to the rounded sum. x, y and dX have x's memory format.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypersd.kernels import _lora
+from hypersd.kernels._cost import Cost
+from hypersd.kernels._op import Case, Op
+
+
+def _case(
+    name: str, batch: int, k: int, n: int, size: int, kernel: int, r: int, *, stride: int = 1, bias: bool = True,
+    channels_last: bool = False, bench: bool = True,
+) -> Case:  # fmt: skip
+    def make_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+
+        def draw(*shape: int, std: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+        fan_in = k * kernel * kernel
+        return {
+            "x": draw(batch, k, size, size).contiguous(memory_format=layout),
+            "weight": draw(n, k, kernel, kernel, std=fan_in**-0.5).contiguous(memory_format=layout),
+            "bias": draw(n) if bias else None,
+            "a": draw(r, k, kernel, kernel, std=fan_in**-0.5),
+            "b": draw(n, r, 1, 1, std=0.1 * r**-0.5),
+            "scale": 0.75,
+            "stride": stride,
+            "padding": kernel // 2,
+        }
+
+    return Case(name, make_inputs, bench)
+
+
+CASES = (
+    _case("sd15_320_64", 1, 320, 320, 64, 3, 64),
+    _case("sd15_640_32", 1, 640, 640, 32, 3, 64),
+    _case("sd15_1280_16", 1, 1280, 1280, 16, 3, 64),
+    _case("emoji_64_16", 32, 64, 64, 16, 3, 32),
+    _case("emoji_64_16_last", 32, 64, 64, 16, 3, 32, channels_last=True),
+    _case("emoji_128_8", 32, 128, 128, 8, 3, 32),
+    _case("emoji_192_4", 32, 192, 192, 4, 3, 32),
+    _case("emoji_down_64", 32, 64, 64, 16, 3, 32, stride=2),
+    _case("emoji_shortcut", 32, 192, 64, 16, 1, 32),
+    _case("odd", 3, 5, 7, 9, 3, 2, bias=False, bench=False),
+    _case("odd_last", 2, 6, 5, 7, 3, 3, stride=2, channels_last=True, bench=False),
+    _case("rank_1", 1, 4, 8, 5, 1, 1, bench=False),
+    _case("no_samples", 0, 4, 8, 5, 3, 2, bench=False),
+)
+
+
+def cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> Cost:
+    """The least of the forms: arithmetic of the cheapest, each tensor moved once."""
+    m, k, n, r = _sizes(x, weight, a, _pair(stride), _pair(padding))
+    moved = x.numel() + m * n + n * k + a.numel() + b.numel()
+    return Cost(2 * m * n * k + 2 * r * min(m * (k + n), n * k), moved * x.element_size(), 2)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    """The definition, as written."""
+    factor = scale if scale_tensor is None else scale * scale_tensor
+    base = F.conv2d(x, weight, bias, stride, padding)
+    return base + F.conv2d(F.conv2d(x, a, None, stride, padding), b) * factor
+
+
+def _pair(value: int | tuple[int, int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
+    spatial = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    return [x.shape[0], weight.shape[0], *spatial]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _sizes(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> tuple[int, int, int, int]:
+    batch, out, height, width = _out_shape(x, weight, stride, padding)
+    return batch * height * width, weight.shape[1] * weight.shape[2] * weight.shape[3], out, a.shape[0]
+
+
+# ---- the forms in ATen convolutions; bs = scale b ---------------------------------------------------------------
+
+
+def forward_form(
+    form: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    bs: Tensor,
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    """y by one form."""
+    if form == "fold":
+        return F.conv2d(x, _lora.fold(weight, a, bs), bias, stride, padding)
+    update = F.conv2d(F.conv2d(x, a, None, stride, padding), bs)
+    if form == "split" and x.device.type == "cpu" and torch.backends.mkldnn.is_available() and x.numel():
+        if x.dtype in (torch.float32, torch.bfloat16):  # oneDNN adds the update before it stores: one rounding
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                x, update, weight, bias, padding, stride, [1, 1], 1, "add", None, None, [], None
+            )
+    return F.conv2d(x, weight, bias, stride, padding).add_(update)
+
+
+def _grads(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [need_x, need_weight, False]
+    )[:2]
+
+
+def input_grad_form(
+    form: str,
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    bs: Tensor,
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    """dX by one form; ds = conv1x1^T(dY, bs), which fold does without."""
+    if form == "fold" or ds is None:
+        return _grads(dy, x, _lora.fold(weight, a, bs), stride, padding, True, False)[0]
+    dx = _grads(dy, x, weight, stride, padding, True, False)[0]
+    return dx.add_(_grads(ds, x, a, stride, padding, True, False)[0])
+
+
+def adapter_grad_form(
+    form: str, dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, a: Tensor, bs: Tensor, stride: list[int],
+    padding: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dA, dB / scale) by one form."""
+    if form == "full" or ds is None:
+        g = _grads(dy, x, weight, stride, padding, False, True)[1].flatten(1)
+        return bs.flatten(1).t().mm(g).view(a.shape), g.mm(a.flatten(1).t()).view(bs.shape)
+    s = F.conv2d(x, a, None, stride, padding)
+    return _grads(ds, x, a, stride, padding, False, True)[1], _grads(dy, s, bs, [1, 1], [0, 0], False, True)[1]
+
+
+def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], *needs: bool) -> _lora.Plan:
+    return _lora.plan("lora_conv2d", *_sizes(x, weight, a, stride, padding), x.dtype, x.device.type, *needs)
+
+
+def _forms(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    form = _plan(x, weight, a, stride, padding).forward
+    y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), stride, padding)
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _forms_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    need_x: bool,
+    need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _plan(x, weight, a, stride, padding, need_x, need_adapter)
+    bs = _lora.scaled(b, scale, scale_tensor)
+    ds = None
+    if _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter):
+        s_like = dy.new_empty(1).expand(dy.shape[0], a.shape[0], *dy.shape[2:])  # only its shape is read
+        ds = _grads(dy, s_like, bs, [1, 1], [0, 0], True, False)[0]
+    dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+    if need_x:
+        dx = input_grad_form(chosen.input_grad, dy, ds, x, weight, a, bs, stride, padding)
+        dx = dx.contiguous(memory_format=_layout(x))
+    if need_adapter:
+        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, weight, a, bs, stride, padding)
+        da, db = da.contiguous(), _lora.scaled(db, scale, scale_tensor).contiguous()
+    return dx, da, db
+
+
+# ---- registration -----------------------------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+) -> None:
+    _lora.check("lora_conv2d", x, weight, bias, a, b, scale_tensor)
+    if weight.dim() != 4:
+        raise ValueError(f"lora_conv2d: weight has shape {tuple(weight.shape)}, expected (out, in, kh, kw)")
+    n, k, height, width = weight.shape
+    if x.dim() != 4 or x.shape[1] != k:
+        raise ValueError(f"lora_conv2d: x has shape {tuple(x.shape)}, expected (batch, {k}, height, width)")
+    if a.dim() != 4 or tuple(a.shape[1:]) != (k, height, width):
+        raise ValueError(f"lora_conv2d: a has shape {tuple(a.shape)}, expected (r, {k}, {height}, {width})")
+    if tuple(b.shape) != (n, a.shape[0], 1, 1):
+        raise ValueError(f"lora_conv2d: b has shape {tuple(b.shape)}, expected ({n}, {a.shape[0]}, 1, 1)")
+    if len(stride) != 2 or min(stride) < 1:
+        raise ValueError(f"lora_conv2d: stride is {list(stride)}, expected one or two positive integers")
+    if len(padding) != 2 or min(padding) < 0:
+        raise ValueError(f"lora_conv2d: padding is {list(padding)}, expected one or two integers, none negative")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: object) -> Tensor:
+    stride, padding = rest[2:]
+    return x.new_empty(_out_shape(x, weight, stride, padding)).contiguous(memory_format=_layout(x))
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    need_x, need_adapter = rest[-2:]
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x)) if need_x else x.new_empty(0),
+        a.new_empty(a.shape if need_adapter else 0),
+        b.new_empty(b.shape if need_adapter else 0),
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, weight, a, b, scale_tensor)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, a, b, scale_tensor = ctx.saved_tensors
+    need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    dx, da, db = BACKWARD.run(
+        dy, x, weight, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, need_x, need_a or need_b
+    )
+    return dx if need_x else None, None, None, da if need_a else None, db if need_b else None, None, None, None, None
+
+
+BACKWARD = Op(
+    "lora_conv2d_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
+    "SymInt[] padding, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)",
+    reference=_forms_backward,
+    fake=_fake_backward,
+)
+
+OP = Op(
+    "lora_conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
+    "SymInt[] padding) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    check=_check,
+    fallback=_forms,
+    differentiable=("x", "a", "b"),
+    backward=_backward,
+    setup_context=_setup_context,
+    cases=CASES,
+    cost=cost,
+)
+
+
+@OP.public
+def lora_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """y = conv(x, W) + bias + scale conv1x1(conv(x, a), b), a 2-D convolution with an unmerged adapter.
+
+    x (batch, in, height, width), weight (out, in, kh, kw), bias (out,) or None, a (r, in, kh, kw), b (out, r, 1, 1),
+    all of one floating-point dtype and device; scale a float or a 0-d tensor; stride and padding as in
+    torch.nn.functional.conv2d, without dilation or groups. Returns (batch, out, height', width') in x's memory format.
+    Differentiable in x, a and b; weight and bias are frozen and get no gradient. An adapter of another dtype than x is
+    cast to x's, and its gradients come back in its own; torch.autocast is honoured.
+    Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
+    """
+    return OP(*_lora.arguments(x, weight, bias, a, b, scale), _pair(stride), _pair(padding))
