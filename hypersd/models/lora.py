@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hypersd.errors import HypersdError
+from hypersd.kernels import lora_conv2d, lora_linear
+from hypersd.kernels._lora import fold_weight
 
 BASE = "base"
 
@@ -113,7 +115,7 @@ def check_role_name(role: str) -> None:
 class LoraSlot(nn.Module):
     """Common part of LoraLinear and LoraConv2d: `base` (frozen, left as it is) and adapters a[role], b[role].
 
-    Adapters are fp32 masters (fp64 for an fp64 base) and are cast to the layer's dtype at each call. A role without an
+    Adapters are fp32 masters (fp64 for an fp64 base); the kernels cast them to the layer's dtype. A role without an
     entry here leaves the layer as it is.
     """
 
@@ -166,30 +168,32 @@ class LoraSlot(nn.Module):
         if role == BASE or role not in self.scale:
             return self.base(x, *args, **kwargs)
         a, b, scale = self.a[role], self.b[role], self.scale[role]
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if self.layer is not self.base:
-            return self.base(x, *args, **kwargs) + self._low_rank(x.to(dtype), a.to(dtype), b.to(dtype)) * scale
-        if _folding.get() and not torch.is_grad_enabled() and dtype == self.weight.dtype and dtype.itemsize >= 4:
+            # the layer carries an adapter of its own, in whatever form PEFT gives it: add ours to its output
+            y = self.base(x, *args, **kwargs)
+            return y + scale * self._low_rank(x.to(y.dtype), a.to(y.dtype), b.to(y.dtype))
+        if _folding.get() and self._can_fold(x):
             return self._plain(x, self._fold(role))
-        weight, bias = self.weight, self.bias
-        if weight.dtype != dtype:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return self._adapted(x.to(dtype), weight, bias, a.to(dtype), b.to(dtype), scale)
+        return self._adapted(x, a, b, scale)
+
+    def _can_fold(self, x: Tensor) -> bool:
+        # in 16 bit the rounded W' would lose small updates
+        exact = x.dtype == self.weight.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+        return exact and not torch.is_grad_enabled() and not self.weight.is_inference()
 
     def _fold(self, role: str) -> Tensor:
         parts = (self.weight, self.a[role], self.b[role])
-        # version counters see every in-place change made through autograd's view of the tensor, data_ptr a replacement
+        # the version counter moves with every in-place change (but those through .data), data_ptr with a replacement
         key = (*((p.data_ptr(), p._version) for p in parts), self.scale[role])
         known = self._folded.get(role)
         if known is None or known[0] != key:
-            known = (key, self._fold_now(*parts, self.scale[role]))
-            self._folded[role] = known
+            known = self._folded[role] = (key, fold_weight(*parts, self.scale[role]))
         return known[1]
 
     def clear_folded(self) -> None:
         self._folded.clear()
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def _adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         raise NotImplementedError
 
     def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -197,10 +201,6 @@ class LoraSlot(nn.Module):
 
     def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def _fold_now(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        delta = b.flatten(1) @ a.flatten(1)
-        return weight + scale * delta.view_as(weight)
 
 
 class LoraLinear(LoraSlot):
@@ -217,8 +217,8 @@ class LoraLinear(LoraSlot):
     def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+    def _adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return lora_linear(x, self.weight, self.bias, a, b, scale)
 
     def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -249,14 +249,11 @@ class LoraConv2d(LoraSlot):
     def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, *self.weight.shape[1:]), (self.out_channels, rank, 1, 1)
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return self._plain_with(x, weight, bias) + scale * self._low_rank(x, a, b)
+    def _adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return lora_conv2d(x, self.weight, self.bias, a, b, scale, self.stride, self.padding)
 
     def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._plain_with(x, weight, self.bias)
-
-    def _plain_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
     def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, a, None, self.stride, self.padding), b)
