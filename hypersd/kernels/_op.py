@@ -49,6 +49,7 @@ class Op:
     `reference` is the definition: plain torch, differentiable, exact in float64. `fallback` is what the dispatcher
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
     `backward(ctx, *grads)` returns one gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
+    `plan` says which ATen products the fallback composes for the public function's keywords.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
 
@@ -67,6 +68,7 @@ class Op:
     cases: tuple[Case, ...] = ()
     cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
+    plan: Callable[..., object] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
 
@@ -164,6 +166,8 @@ class Op:
         if wanted is None:
             return "reference", f"no kernel for device type {device.type}"
         reason = self.unavailable(wanted, device)
+        if reason and self.plan:
+            return "aten", f"products of ATen, their order chosen by cost; {reason}"
         return ("reference", reason) if reason else (wanted, f"the kernel for {device.type} tensors")
 
     def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,7 +216,7 @@ class Explanation:
     device: str
     implementation: str
     why: str
-    config: Config | None
+    config: object | None
     cost: Cost | None
     seconds: float | None
     ceiling: str
@@ -241,7 +245,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device)
     cost = op.cost(**inputs) if op.cost else None
-    config = op.config(**inputs) if op.config and implementation == "triton" else None
+    choice = {"triton": op.config, "aten": op.plan}.get(implementation)
+    config = choice(**inputs) if choice else None
     roof = ceiling(first.device)
     seconds = roof.seconds(cost, first.dtype) if roof and cost else None
     source = roof.provenance if roof else f"no ceiling known for {first.device.type}"

@@ -285,6 +285,13 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_x else None, None, None, da if need_a else None, db if need_b else None, None, None, None, None
 
 
+def _public_plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+) -> _lora.Plan:  # fmt: skip
+    return _plan(x, weight, a, _pair(stride), _pair(padding))
+
+
 BACKWARD = Op(
     "lora_conv2d_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
@@ -306,6 +313,7 @@ OP = Op(
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    plan=_public_plan,
 )
 
 

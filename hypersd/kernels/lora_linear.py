@@ -426,6 +426,18 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_x else None, None, None, da if need_a else None, db if need_b else None, None, None
 
 
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> _lora.Plan:
+    n, k = weight.shape
+    return _lora.plan("lora_linear", x.numel() // max(k, 1), k, n, a.shape[0], x.dtype, x.device.type)
+
+
+def _triton_config(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
+) -> Config:
+    n, k = weight.shape
+    return _config(x.numel() // max(k, 1), n, k, a.shape[0], x.dtype)
+
+
 BACKWARD = Op(
     "lora_linear_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, bool need_x, "
@@ -448,6 +460,8 @@ OP = Op(
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    config=_triton_config,
+    plan=_plan,
     programs=programs,
 )
 
