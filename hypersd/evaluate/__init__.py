@@ -18,7 +18,7 @@ _HOME = {
     "Reference": "run",
     "Evaluation": "run",
     "evaluate": "run",
-    "generate": "run",
+    "generate": "generate",
     "write_report": "report",
 }
 __all__ = list(_HOME)

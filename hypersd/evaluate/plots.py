@@ -107,7 +107,7 @@ def curves(metrics: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], them
     """
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "font.family": "DejaVu Sans", "font.size": 9, "text.color": theme.text, "axes.labelcolor": theme.muted,
         "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.line,
         "axes.facecolor": theme.background, "figure.facecolor": theme.background, "axes.spines.top": False,
@@ -155,7 +155,9 @@ def _quality(axes: Any, metrics: Mapping[str, Any], name: str, theme: Theme) -> 
             [x for x, _ in points], [y for _, y in points], "o-", color=getattr(theme, row), markersize=4, label=row
         )
     teacher = metrics["teacher"]
-    axes.axhline(teacher[name], color=theme.teacher, linestyle="--", linewidth=1.2, label=f"teacher, {teacher['nfe']} NFE")
+    axes.axhline(
+        teacher[name], color=theme.teacher, linestyle="--", linewidth=1.2, label=f"teacher, {teacher['nfe']} NFE"
+    )
     real = metrics.get("reference", {}).get("real", {}).get(name)
     if real is not None:
         axes.axhline(real, color=theme.muted, linestyle=":", linewidth=1.2, label="real pictures")

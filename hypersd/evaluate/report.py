@@ -110,7 +110,9 @@ def render(
     """The page as text. Pictures are PNG bytes per theme and end up inside it."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters.update(number=_number, duration=_duration)
     template = environment.from_string((resources.files("hypersd.evaluate") / "report.html.j2").read_text("utf-8"))
     return template.render(
@@ -131,15 +133,22 @@ def _rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the table in reading order, with their intervals and group names."""
     intervals = metrics.get("intervals", {})
     rows = []
-    for name, label in (("real", "real pictures, second draw"), ("autoencoder", "real pictures through the autoencoder")):
+    for name, label in (
+        ("real", "real pictures, second draw"),
+        ("autoencoder", "real pictures through the autoencoder"),
+    ):
         if name in metrics.get("reference", {}):
             row = metrics["reference"][name]
-            rows.append({"group": "reference", "label": label, **row, "ci": intervals.get("reference", {}).get(name, {})})
+            rows.append(
+                {"group": "reference", "label": label, **row, "ci": intervals.get("reference", {}).get(name, {})}
+            )
     rows.append({"group": "teacher", "label": "teacher", **metrics["teacher"], "ci": intervals.get("teacher", {})})
     for group in ("undistilled", "student"):
         for steps in sorted(metrics[group], key=int):
             label = f"{group}, {steps} step{'s' if steps != '1' else ''}"
-            rows.append({"group": group, "label": label, **metrics[group][steps], "ci": intervals.get(group, {}).get(steps, {})})
+            rows.append(
+                {"group": group, "label": label, **metrics[group][steps], "ci": intervals.get(group, {}).get(steps, {})}
+            )
     return rows
 
 
@@ -197,6 +206,7 @@ def _uri(data: bytes) -> str:
 
 def _bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
 
 def finite(value: Any) -> Any:
     """JSON has no NaN: numbers that are not finite become null, at any depth."""

@@ -18,7 +18,14 @@ STEPS = (1, 2, 4, 8)
 
 
 def row(nfe: int, frechet: float | None, **others: float) -> dict[str, Any]:
-    return {"nfe": nfe, "frechet": frechet, "alignment": 0.25, "objects": 0.875, "aesthetic": None, "diversity": 3.0} | others
+    return {
+        "nfe": nfe,
+        "frechet": frechet,
+        "alignment": 0.25,
+        "objects": 0.875,
+        "aesthetic": None,
+        "diversity": 3.0,
+    } | others
 
 
 @pytest.fixture

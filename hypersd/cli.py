@@ -1,0 +1,282 @@
+"""The `hypersd` command: what a person types, checked, handed on, and every failure said in one line.
+
+Exit code 0: done. 2: the request is wrong (option, recipe). 1: anything else. `--debug`, anywhere, shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hypersd.errors import HypersdError
+
+app = typer.Typer(
+    name="hypersd",
+    help="Distil a latent diffusion model into one that samples in 1 to 8 steps, and sample from it.",
+    epilog="--debug, anywhere, shows the traceback of a failure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console, error_console = Console(), Console(stderr=True)
+
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda")]
+Model = Annotated[str, typer.Option(help='"embedded", or a folder in the diffusers layout')]
+Seed = Annotated[int, typer.Option(min=0)]
+
+
+class BudgetName(str, Enum):
+    quick = "quick"
+    full = "full"
+
+
+class Format(str, Enum):
+    peft = "peft"
+    kohya = "kohya"
+
+
+class Solver(str, Enum):
+    ddim = "ddim"
+    tcd = "tcd"
+    lcm = "lcm"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the LoRA, pictures, metrics.json and report.html")] = Path(
+        "out/demo"
+    ),
+    budget: Annotated[
+        BudgetName, typer.Option(help="quick: minutes on two cores; full: an hour or so")
+    ] = BudgetName.quick,
+    device: Device = "auto",
+) -> None:
+    """Distil the embedded model, sample it in 1, 2, 4 and 8 steps beside its teacher, and write a report."""
+    from hypersd import demo as job
+
+    metrics = job.run(out, budget.value, device=device, console=error_console)
+    _summary(metrics)
+    _say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a TOML file, or the name of a shipped recipe")],
+    overrides: Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="override one key; repeatable")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="run folder [default: out/RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the run folder")] = False,
+    dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, load and write nothing")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a few-step LoRA by a recipe."""
+    from hypersd.distill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        from hypersd import plan
+
+        plan.show(plan.plan(loaded), out_console)
+        return
+    from hypersd import resolve
+    from hypersd.console import Progress
+    from hypersd.distill.trainer import Trainer
+
+    out = resolve.writable(out or Path("out") / Path(recipe).stem)
+    components = resolve.load_model(loaded.model.path, device)
+    with Progress({stage.name: stage.iterations for stage in loaded.stages}, error_console) as progress:
+        dataset = resolve.load_dataset(
+            loaded, components, out / "latents", lambda done, total: progress("encode pictures", done, total)
+        )
+        trainer = Trainer(
+            loaded, components, dataset, out,
+            progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
+        )  # fmt: skip
+        trainer.run(resume=resume)
+    _say(f"LoRA: {out / 'lora.safetensors'}")
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="captions, one picture each")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file; its metadata says how to sample")] = None,
+    model: Model = "embedded",
+    prompt_file: Annotated[Path | None, typer.Option(help="text file with one caption a line")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="[default: the LoRA's; 25 without one]")] = None,
+    solver: Annotated[Solver | None, typer.Option(help="[default: the LoRA's]")] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="noise put back in each step [default: the LoRA's]")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="[default: the LoRA's; 3 without one]")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("out/samples"),
+    device: Device = "auto",
+) -> None:
+    """Sample pictures: one PNG a caption, and grid.png."""
+    from hypersd import pictures, resolve
+    from hypersd.sampling.sampler import sampler_for
+
+    captions = resolve.captions(prompts or [], prompt_file)
+    out = resolve.writable(out)
+    undistilled = {"solver": "ddim", "guidance_scale": "3", "steps": str(steps or 25)}
+    state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
+    given = {"solver": solver and solver.value, "eta": eta, "guidance_scale": guidance_scale}
+    metadata |= {name: str(value) for name, value in given.items() if value is not None}
+    backbone, components, process = resolve.load_with_lora(model, state, metadata, device)
+    table = sampler_for(process, metadata, steps)
+    pictures.sample_to(out, components, backbone, table, captions, role="lora" if lora else "base", seed=seed)
+    _say(f"{len(captions)} pictures in {out}")
+
+
+@app.command()
+def evaluate(
+    lora: Annotated[Path, typer.Argument(help="LoRA file")],
+    model: Model = "embedded",
+    pictures: Annotated[
+        Path | None, typer.Option(help="folder of real captioned pictures [embedded: held-out scenes]")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="their CSV or JSONL file [default: found in the folder]")
+    ] = None,
+    features: Annotated[str, typer.Option(help="judge (embedded model only) or effnet-lite0")] = "",
+    samples: Annotated[int, typer.Option(min=2, help="pictures a row")] = 512,
+    guidance_scale: Annotated[float, typer.Option(help="of teacher and undistilled model")] = 3.0,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="folder for metrics.json, pictures and report.html")] = Path("out/evaluate"),
+    device: Device = "auto",
+) -> None:
+    """Judge a LoRA at 1, 2, 4 and 8 steps beside its teacher and the undistilled model."""
+    from hypersd.compare import compare
+
+    metrics = compare(
+        lora, model, out, pictures=pictures, captions=captions, features=features, samples=samples,
+        guidance_scale=guidance_scale, seed=seed, device=device, console=error_console,
+    )  # fmt: skip
+    _summary(metrics)
+    _say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="operators to time [default: all]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write one JSON line a row")
+    ] = None,
+) -> None:
+    """Time the kernels against their peers; every row is checked for correctness before it is timed."""
+    from hypersd import resolve
+    from hypersd.bench import main as run_bench
+
+    resolve.pick_device(device)
+    code = run_bench(ops or [], device=device, json_path=json_file)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="LoRA file")],
+    target: Annotated[Path, typer.Argument(help="file to write")],
+    format: Annotated[Format, typer.Option("--format", help="key layout of the target")],
+    model: Model = "embedded",
+) -> None:
+    """Rewrite a LoRA file in PEFT or kohya keys; --model names the model it belongs to."""
+    from hypersd import resolve
+
+    resolve.convert(source, target, format.value, model)
+    _say(f"{format.value} LoRA: {target}")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Say what is installed, which kernels run, and for those that do not, why."""
+    from hypersd.doctor import examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, value in found.items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for number, (key, item) in enumerate(items):
+            text = ", ".join(item) if isinstance(item, list) else str(item)
+            head = name if number == 0 else ""
+            out_console.print(
+                f"[bold]{head:<24}[/bold]{key + ' ' if key else ''}{escape(text)}", highlight=False, soft_wrap=True
+            )
+
+
+def _say(text: str) -> None:
+    out_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _summary(metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{metrics['samples']} pictures a row, features: {metrics['features']}", title_justify="left")
+    for name in ("row", "NFE", "Frechet distance", "alignment", "objects", "aesthetic", "diversity"):
+        table.add_column(name, justify="left" if name == "row" else "right")
+
+    def add(label: str, row: dict[str, Any], style: str = "") -> None:
+        values = [row[key] for key in ("frechet", "alignment", "objects", "aesthetic", "diversity")]
+        table.add_row(label, str(row["nfe"]), *("–" if v is None else f"{v:.3g}" for v in values), style=style)
+
+    add("teacher", metrics["teacher"])
+    for group in ("undistilled", "student"):
+        table.add_section()
+        for steps, row in metrics[group].items():
+            add(f"{group}, {steps} step{'s' if steps != '1' else ''}", row, "bold" if group == "student" else "")
+    out_console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; ends the process with the exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The command's exit code. Every failure is one line on stderr, unless `--debug` asks for more."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    # nothing here ever needs a hub; without this the loaders would try to reach one
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not debug:
+        warnings.simplefilter("ignore")
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except HypersdError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what was finished before is intact", 1, debug)
+    except BrokenPipeError:
+        # the reader of our output is gone: nothing more can be said
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
+    except MemoryError:
+        return _fail("out of memory; take a smaller batch or model", 1, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own usage errors, whichever click they come from
+            return _fail(f"{error.format_message()} (see --help)", getattr(error, "exit_code", 2), debug)
+        kind = type(error).__name__
+        return _fail(f"unexpected {kind}: {error or 'no message'}; run again with --debug for the traceback", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,90 @@
+"""A LoRA file beside its teacher and the undistilled model, on scenes or on a folder of pictures."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hypersd.console import Progress
+from hypersd.errors import HypersdError
+from hypersd.evaluate.effnet import effnet_lite0
+from hypersd.evaluate.protocol import FeatureEvaluator
+from hypersd.evaluate.report import metrics_document, write_report
+from hypersd.evaluate.run import evaluate
+from hypersd.resolve import EMBEDDED, folder_reference, load_with_lora, read_lora, scene_references, writable
+from hypersd.sampling.sampler import sampler_for
+
+STEPS = (1, 2, 4, 8)
+TEACHER_STEPS = 25  # with guidance: 50 network evaluations
+VARIETY = (16, 4)  # captions, pictures of each
+
+
+def work_of(samples: int) -> dict[str, float]:
+    """Every row of the table in network evaluations of one picture."""
+    pictures = samples + VARIETY[0] * VARIETY[1]
+    work = {"judge teacher": 2.0 * TEACHER_STEPS * pictures}
+    for steps in STEPS:
+        work[f"judge undistilled/{steps}"] = 2.0 * steps * pictures
+        work[f"judge student/{steps}"] = 1.0 * steps * pictures
+    return work
+
+
+def compare(
+    lora: Path,
+    model: str,
+    out: Path,
+    *,
+    pictures: Path | None = None,
+    captions: Path | None = None,
+    features: str = "",
+    samples: int = 512,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write the report into `out`; returns the content of metrics.json.
+
+    features: "judge" (the embedded model's evaluators) or "effnet-lite0"; the embedded model has "judge" unless told.
+    """
+    started = time.monotonic()
+    features = features or ("judge" if model == EMBEDDED else "effnet-lite0")
+    if features not in ("judge", "effnet-lite0"):
+        raise HypersdError(f"features {features!r} are unknown; use judge or effnet-lite0", exit_code=2)
+    if model != EMBEDDED and pictures is None:
+        raise HypersdError("real pictures to compare with are missing; name a folder with --pictures", exit_code=2)
+    if features == "judge" and model != EMBEDDED:
+        raise HypersdError("the judge knows emoji scenes only; use --features effnet-lite0", exit_code=2)
+    state, metadata = read_lora(lora)
+    extractor = effnet_lite0() if features == "effnet-lite0" else None
+    out = writable(out)
+    backbone, components, process = load_with_lora(model, state, metadata, device)
+    if pictures is None:
+        reference, zero = scene_references(samples, seed, VARIETY)
+    else:
+        reference, zero = folder_reference(pictures, captions, components, samples), None
+    evaluator: Any = FeatureEvaluator(extractor) if extractor is not None else None
+    if model == EMBEDDED:
+        from hypersd.emoji import evaluators
+
+        evaluator = evaluators.load("judge")
+    count = len(reference.captions)
+    with Progress(work_of(count), console) as progress:
+        evaluation = evaluate(
+            components, backbone, reference, evaluator, extractor=extractor, zero=zero, role="lora", steps=STEPS,
+            table=lambda steps: sampler_for(process, metadata, steps), teacher_steps=TEACHER_STEPS,
+            guidance_scale=guidance_scale, variety=VARIETY, seed=seed,
+            progress=lambda name, done, total: progress(f"judge {name}", done, total),
+        )  # fmt: skip
+    recipe = {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
+    metrics = metrics_document(
+        evaluation, features=features, samples=count, seconds=time.monotonic() - started, recipe=recipe, seed=seed
+    )
+    write_report(
+        out, evaluation, metrics, timings={"judging": sum(progress.seconds.values())}, heldout=pictures is None,
+        title=f"{lora.name} in 1 to 8 steps", command=f"hypersd evaluate {lora} --model {model} --features {features}",
+    )  # fmt: skip
+    return metrics

@@ -1,0 +1,183 @@
+"""What the names in a request stand for: "embedded" and "scenes" are known here and in hypersd.emoji, nowhere below."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hypersd import __version__
+from hypersd.distill.captions import pairs, read_picture
+from hypersd.distill.data import LatentDataset, model_resolution
+from hypersd.distill.recipe import Recipe
+from hypersd.errors import HypersdError
+from hypersd.evaluate.run import Reference
+from hypersd.models.backbone import Backbone
+from hypersd.models.load import Components, load_components
+from hypersd.models.noise_process import NoiseProcess
+
+EMBEDDED = "embedded"
+ENCODE_BATCH = 64
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise HypersdError(f"device {name!r} is unknown; use auto, cpu or cuda", exit_code=2) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise HypersdError("device cuda was asked for, but torch sees no GPU; `hypersd doctor` says more", exit_code=2)
+    return device
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a model; "embedded" is the one that comes with the package."""
+    if path != EMBEDDED:
+        return Path(path)
+    from hypersd import emoji
+
+    return Path(emoji.model_folder())
+
+
+def load_model(path: str, device: str = "auto") -> Components:
+    """The frozen parts of a model on `device`."""
+    return load_components(model_folder(path), device=pick_device(device))
+
+
+def writable(folder: str | Path) -> Path:
+    """The folder, made if need be and proved writable before any work is done."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise HypersdError(f"cannot write into {folder}: {error.strerror or error}; choose another --out") from None
+
+
+def load_dataset(
+    recipe: Recipe, components: Components, folder: Path, progress: Callable[[int, int | None], None] | None = None
+) -> LatentDataset:
+    """The recipe's data as latents, cached under `folder` or the recipe's own cache and opened from there next time."""
+    data, folder = recipe.data, Path(recipe.data.cache or folder)
+    dtype = getattr(torch, data.dtype)
+    if data.kind == "folder":
+        assert data.path is not None
+        return LatentDataset.from_folder(
+            data.path, components, folder, captions=data.captions, resolution=data.resolution, dtype=dtype,
+            seed=recipe.train.seed, progress=progress,
+        )  # fmt: skip
+    if recipe.model.path != EMBEDDED:
+        raise HypersdError(
+            'data.kind = "scenes" belongs to the embedded model; give data.kind = "folder" and data.path', exit_code=2
+        )
+    from hypersd.emoji import scenes
+
+    seed, count = recipe.train.seed, data.count
+    identity = json.dumps([__version__, seed, count, data.dtype, _stamps(components.folder)])
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return LatentDataset.open(folder, key=key)
+    except HypersdError:
+        pass  # none yet, or of other scenes
+
+    def batches() -> Iterator[tuple[np.ndarray, list[str]]]:
+        for start in range(0, count, ENCODE_BATCH):
+            part = scenes.render(seed, min(ENCODE_BATCH, count - start), "train", start)
+            yield part.images, part.captions
+
+    return LatentDataset.from_source(
+        batches(), components, folder, key=key, dtype=dtype, seed=seed, total=count, progress=progress
+    )
+
+
+def _stamps(folder: Path) -> list[Any]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def scene_references(samples: int, seed: int, variety: tuple[int, int]) -> tuple[Reference, Reference]:
+    """Held-out scenes to compare with, and a second draw of other held-out scenes as the zero line."""
+    from hypersd.emoji import scenes
+
+    first, second = (scenes.render(seed + offset, samples, "heldout") for offset in (1_000_000, 2_000_000))
+    captions, each = min(variety[0], samples), variety[1]
+    varied = np.stack(
+        [scenes.render_caption(first.objects[i], int(first.background[i]), seed + i, each) for i in range(captions)]
+    )
+    return (
+        Reference(first.images, first.captions, first.objects, varied),
+        Reference(second.images, second.captions, second.objects),
+    )
+
+
+def folder_reference(path: Path, captions: Path | None, components: Components, samples: int) -> Reference:
+    """The first `samples` captioned pictures of a folder at the model's own size."""
+    found = pairs(path, captions)[:samples]
+    size = model_resolution(components)
+    return Reference(np.stack([read_picture(picture, size) for picture, _ in found]), [text for _, text in found])
+
+
+def captions(prompts: list[str], file: Path | None) -> list[str]:
+    """Captions from the command line and from a text file with one a line."""
+    lines = list(prompts)
+    if file is not None:
+        try:
+            lines += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise HypersdError(
+                f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or error}", exit_code=2
+            ) from None
+    if not lines:
+        raise HypersdError("no prompts; give captions, or a file with --prompt-file", exit_code=2)
+    return lines
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(state, metadata) of a LoRA file; reading the header comes before any model is loaded."""
+    from hypersd.models.export import load_lora
+
+    return load_lora(path)
+
+
+def load_with_lora(
+    model: str, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], device: str = "auto"
+) -> tuple[Backbone, Components, NoiseProcess]:
+    """A model with the LoRA as role "lora" (none where `state` is empty), and its noise process."""
+    components = load_model(model, device)
+    backbone = Backbone(components.unet, roles=())
+    if state:
+        _check_base(backbone, metadata, model)
+        backbone.load_lora_state_dict(state, "lora")
+    return backbone, components, NoiseProcess.from_config(components.scheduler_config)
+
+
+def _check_base(backbone: Backbone, metadata: Mapping[str, str], model: str) -> None:
+    base = metadata.get("base_model")
+    if base is not None and base != backbone.fingerprint:
+        raise HypersdError(
+            f"the LoRA belongs to another model ({base}; {model} is {backbone.fingerprint}); name its own with --model"
+        )
+
+
+def convert(source: Path, target: Path, format: str, model: str) -> None:
+    """Rewrite a LoRA file in another key layout; the model's config says which layers its keys mean."""
+    from hypersd.models.export import save_lora
+    from hypersd.plan import network_skeleton
+
+    state, metadata = read_lora(source)
+    # memory that is never touched is never taken: only names and shapes of the network matter here
+    backbone = Backbone(network_skeleton(model_folder(model)).to_empty(device="cpu"), roles=())
+    _check_base(backbone, metadata, model)
+    backbone.load_lora_state_dict(state, "lora")
+    kept = {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
+    save_lora(target, backbone, "lora", kept, format)
