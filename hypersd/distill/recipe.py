@@ -1,6 +1,7 @@
 """The recipe: everything that a distillation run depends on, typed, and checked before anything is loaded.
 
-A recipe is a TOML file with the sections [model], [data], [lora], [train] and a list of [[stages]]. Each stage names its
+A recipe is a TOML file with the sections [model], [data], [lora], [train] and a list of [[stages]]. Each stage names
+its
 `method`; a new method adds its stage class here and one file beside tscd.py.
 """
 
@@ -59,7 +60,8 @@ class Data(Section):
 
 
 class Lora(Section):
-    """`targets`: names of layers that get an adapter; None: the LCM-LoRA set of attention, feed-forward and convolution."""
+    """`targets`: names of layers that get an adapter; None: the LCM-LoRA set of attention, feed-forward and
+    convolution."""
 
     rank: Positive = 64
     alpha: Annotated[float, Field(gt=0)] = 64.0
@@ -127,7 +129,9 @@ class TSCDStage(BaseStage):
     @model_validator(mode="after")
     def _consistent(self) -> TSCDStage:
         if self.guidance_scale[0] > self.guidance_scale[1]:
-            raise ValueError(f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first")
+            raise ValueError(
+                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
+            )
         if self.grid < self.segments:
             raise ValueError(f"grid = {self.grid} has fewer points than there are segments ({self.segments})")
         return self
@@ -154,8 +158,10 @@ class Recipe(Section):
             if stage.teacher == "previous_stage" and i > 0:
                 before = self.stages[i - 1].segments
                 if stage.grid < before:
-                    raise ValueError(f"stages.{i}: grid = {stage.grid}, but one step of a teacher with {before} segments "
-                                     f"must not leave a segment: grid >= {before}")
+                    raise ValueError(
+                        f"stages.{i}: grid = {stage.grid}, but one step of a teacher with {before} segments "
+                        f"must not leave a segment: grid >= {before}"
+                    )
         return self
 
 
@@ -179,7 +185,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             text = path.read_text("utf-8")
         except FileNotFoundError:
             near = _nearest(str(name_or_path), shipped())
-            raise _error(f"no recipe {name_or_path}: neither a file nor a shipped one ({', '.join(shipped())}){near}") from None
+            raise _error(
+                f"no recipe {name_or_path}: neither a file nor a shipped one ({', '.join(shipped())}){near}"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise _error(f"cannot read recipe {path}: {error}") from None
     try:
@@ -247,7 +255,9 @@ def _one_line(error: ValidationError, document: dict[str, Any]) -> str:
         line = f"{where}: {message}" if where else message
     else:
         expected = re.sub(r"^(Input|List|Tuple|String) should", "should", problem["msg"])
-        expected = re.sub(r"a valid dictionary or instance of \w+", "a section", expected.replace("a valid tuple", "a list"))
+        expected = re.sub(
+            r"a valid dictionary or instance of \w+", "a section", expected.replace("a valid tuple", "a list")
+        )
         expected = re.sub(r" after validation, not \d+", "", expected)
         found = repr(problem["input"])
         near = _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["msg"]))

@@ -1,9 +1,10 @@
 """Trajectory segments: which timesteps a consistency jump starts from, and how far down it may go.
 
 Hyper-SD (arXiv 2404.13686, eq. 11) cuts the T training timesteps into k segments. The literal formula puts a grid point
-that lies on a boundary *at* its own boundary, so that there is nothing to jump to. Here the boundaries are the timesteps
-that trailing spacing samples at (k = 8: 999, 874, ..., 124) and 0, a point on a boundary belongs to the segment below it,
-and the solver's target is clamped to the segment. All in integers: no rounding of T / k to go wrong.
+that lies on a boundary *at* its own boundary, so that there is nothing to jump to. Here the boundaries are the
+timesteps that trailing spacing samples at (k = 8: 999, 874, ..., 124) and 0, a point on a boundary belongs to the
+segment below it, and the solver's target is clamped to the segment. All in integers: no rounding of T / k to go
+wrong.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def grid(num_points: int, num_train_timesteps: int = 1000) -> np.ndarray:
 
 
 def boundary(timesteps: np.ndarray, segments: int, num_train_timesteps: int = 1000) -> np.ndarray:
-    """t_b, the lowest timestep of the segment that holds t: with j = ceil((t + 1) k / T) - 1, max(0, floor(j T / k) - 1).
-    Below t for every t > 0."""
+    """t_b, the lowest timestep of the segment that holds t: with j = ceil((t + 1) k / T) - 1, max(0, floor(j T / k) -
+    1). Below t for every t > 0."""
     if not 1 <= segments <= num_train_timesteps:
         raise ValueError(f"segments must lie between 1 and {num_train_timesteps}, got {segments}")
     t = np.asarray(timesteps, dtype=np.int64)
@@ -60,8 +61,8 @@ class SegmentGrid:
     def sample(
         self, rng: np.random.Generator, batch: int, policy: EndPolicy = "uniform", mix: float = 0.25
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(t, t_prev, t_end), each int64 (batch,). t is uniform over the grid; t_end in [t_b, t_prev] is uniform, or t_b
-        (`boundary`, the phased objective), or t_b with probability `mix` and uniform otherwise (`mixed`)."""
+        """(t, t_prev, t_end), each int64 (batch,). t is uniform over the grid; t_end in [t_b, t_prev] is uniform, or
+        t_b (`boundary`, the phased objective), or t_b with probability `mix` and uniform otherwise (`mixed`)."""
         n = rng.integers(0, len(self.t), batch)
         t, t_prev, t_b = self.t[n], self.t_prev[n], self.t_b[n]
         if policy == "boundary":

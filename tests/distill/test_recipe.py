@@ -28,8 +28,16 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
 
 
 def test_overrides() -> None:
-    recipe = load_recipe("emoji-quick", ["train.batch_size=16", "stages.0.iterations = 10", "model.path=some/folder",
-                                         "stages.3.guidance_scale=[1, 2.5]", "train.clip=0.5"])
+    recipe = load_recipe(
+        "emoji-quick",
+        [
+            "train.batch_size=16",
+            "stages.0.iterations = 10",
+            "model.path=some/folder",
+            "stages.3.guidance_scale=[1, 2.5]",
+            "train.clip=0.5",
+        ],
+    )
     assert recipe.train.batch_size == 16 and recipe.stages[0].iterations == 10 and recipe.model.path == "some/folder"
     assert recipe.stages[3].guidance_scale == (1.0, 2.5) and recipe.train.clip == 0.5
 
@@ -51,7 +59,7 @@ def test_overrides() -> None:
         ("stages.9.grid=4", "stages has entries 0 to 3, found '9'"),
         ("model=3", "model: found 3, should be a section"),
         ("model.path.x=3", "model.path is a value, not a section"),
-        ("data.kind=folder", "data: kind = \"folder\" needs path"),
+        ("data.kind=folder", 'data: kind = "folder" needs path'),
         ("batch_size", "'batch_size' is not of the form section.key=value"),
     ],
 )
@@ -60,8 +68,10 @@ def test_wrong_overrides_say_what_and_where(override: str, expected: str) -> Non
 
 
 def test_previous_stage_teacher_needs_a_fine_enough_grid() -> None:
-    stages = [{"method": "tscd", "segments": 8, "iterations": 1},
-              {"method": "tscd", "segments": 4, "iterations": 1, "grid": 6, "teacher": "previous_stage"}]
+    stages = [
+        {"method": "tscd", "segments": 8, "iterations": 1},
+        {"method": "tscd", "segments": 4, "iterations": 1, "grid": 6, "teacher": "previous_stage"},
+    ]
     with pytest.raises(HypersdError, match="teacher with 8 segments"):
         parse_recipe({"stages": stages})
     stages[1]["grid"] = 8
@@ -76,7 +86,7 @@ def test_files(tmp_path: Path) -> None:
     assert "cannot read recipe" in line(tmp_path)
     broken.write_bytes(b"\xff\xfe\x00")
     assert "cannot read recipe" in line(broken)
-    broken.write_text('[train]\nseed = 1\n')
+    broken.write_text("[train]\nseed = 1\n")
     assert "stages: missing" in line(broken)
     broken.write_text('[[stages]]\nmethod = "tscd"\nsegments = 8\niterations = 5\n')
     assert load_recipe(broken).stages[0].grid == 40

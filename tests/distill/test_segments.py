@@ -34,7 +34,9 @@ def test_boundaries_are_the_trailing_timesteps() -> None:
     assert sorted(set(boundary(np.arange(1, 1000), 12)))[1:] == [82, 165, 249, 332, 415, 499, 582, 665, 749, 832, 915]
 
 
-@pytest.mark.parametrize(("points", "segments", "clamped"), [(40, 8, 0), (200, 8, 0), (50, 8, 6), (50, 4, 2), (100, 8, 4)])
+@pytest.mark.parametrize(
+    ("points", "segments", "clamped"), [(40, 8, 0), (200, 8, 0), (50, 8, 6), (50, 4, 2), (100, 8, 4)]
+)
 def test_clamped_targets(points: int, segments: int, clamped: int) -> None:
     """Counts of grid points whose solver step would cross a boundary, the lowest point aside."""
     stage = SegmentGrid.build(segments, points)

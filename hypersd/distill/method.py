@@ -1,0 +1,68 @@
+"""What the trainer asks of a distillation method, and what a method may ask of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hypersd.distill.data import Batch
+from hypersd.models.noise_process import NoiseProcess
+
+STUDENT, EMA, PREVIOUS, BASE = "student", "ema", "previous", "base"
+
+
+class Denoiser(Protocol):
+    """One frozen network with an adapter per role: hypersd.models' Backbone, or anything that acts like it."""
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor], *, role: str = "base") -> Tensor: ...
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]: ...
+    def add_role(self, role: str, like: str | None = None) -> None: ...
+    def drop_role(self, role: str) -> None: ...
+    def copy_role(self, src: str, dst: str) -> None: ...
+    def lerp_role(self, dst: str, src: str, weight: float) -> None: ...
+
+
+class Draw:
+    """All the randomness of one forward pass: a host and a device generator, both seeded by the same key of integers,
+    so that a resumed run draws what an unbroken one would have drawn."""
+
+    def __init__(self, key: tuple[int, ...], device: torch.device) -> None:
+        self.host = np.random.default_rng(key)
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+        """N(0, I) with the dtype and device of `like`."""
+        return torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage stands on. `uncond`: conditions of the empty prompt, each (1, ...); those
+    it lacks are the same with and without a prompt. `teacher_role`: the role of the
+    previous stage's weights or "base". `teacher_segments`: the segments within which that teacher is consistent."""
+
+    backbone: Denoiser
+    process: NoiseProcess
+    uncond: dict[str, Tensor]
+    teacher_role: str = BASE
+    teacher_segments: int | None = None
+
+
+class Method(Protocol):
+    """One stage of one method."""
+
+    def __init__(self, stage: Any, context: Context) -> None: ...
+
+    @staticmethod
+    def metadata(stage: Any, process: NoiseProcess) -> dict[str, str]:
+        """What the stage's LoRA file says about sampling (see hypersd.models.export)."""
+        ...
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """The scalar to minimise over the student's adapter; `batch` is on the model's device."""
+        ...

@@ -1,0 +1,262 @@
+"""One trainer for every method: stages, optimizer, EMA, log, checkpoints.
+
+Whatever is random is drawn from (seed, stage, pass); so the state of a run is its adapters, its optimizer and two
+numbers, and a resumed run on the CPU ends with the bits of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
+from hypersd.distill.data import Batch, LatentDataset
+from hypersd.distill.interrupt import Interrupt
+from hypersd.distill.log import Log
+from hypersd.distill.method import BASE, EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
+from hypersd.distill.recipe import BaseStage, Recipe, TSCDStage
+from hypersd.distill.tscd import TSCD
+from hypersd.errors import HypersdError
+from hypersd.models.backbone import Backbone
+from hypersd.models.export import save_lora
+from hypersd.models.lora import LCM_TARGETS, LoraSpec
+from hypersd.models.noise_process import NoiseProcess
+
+METHODS: dict[type[BaseStage], type[Method]] = {TSCDStage: TSCD}
+# what may differ between the recipe of a checkpoint and the one that resumes it
+FREE = ("checkpoint_every", "log_every", "threads")
+
+
+class Progress(Protocol):
+    def __call__(self, stage: str, step: int, total: int, loss: float) -> None:
+        """`step` of `total` optimizer steps of this stage are done; `loss` is the newest that is known."""
+
+
+class Trainer:
+    """Runs the stages of a recipe on one network.
+
+    components: unet and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone that
+    is otherwise put around the unet: any `Denoiser` without roles yet. Under out_dir: `checkpoint.safetensors`,
+    `metrics.jsonl`, `lora-<segments>step.safetensors` of each stage and `lora.safetensors` of the last.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        components: Any,
+        dataset: LatentDataset,
+        out_dir: str | Path,
+        *,
+        progress: Progress | None = None,
+        backbone: Denoiser | None = None,
+    ) -> None:
+        self.recipe, self.dataset, self.out_dir = recipe, dataset, Path(out_dir)
+        self.progress = progress
+        self.process = NoiseProcess.from_config(components.scheduler_config)
+        self.backbone: Any = backbone if backbone is not None else self._wrap(components.unet)
+        # the initial adapter comes from the seed and leaves torch's global generator alone
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.seed)
+            self.backbone.add_role(STUDENT)
+        self.backbone.add_role(EMA, like=STUDENT)
+        self.device = next(iter(self.backbone.role_parameters(STUDENT).values())).device
+        self.uncond = {k: v.to(self.device) for k, v in dataset.uncond.items()}
+        self.stage, self.step = 0, 0
+        self.has_previous = False
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out_dir / "checkpoint.safetensors"
+
+    def run(self, resume: bool = False) -> Any:
+        """Train all stages, or those that are left (`resume`); returns the backbone with roles "student" and "ema".
+
+        Raises HypersdError when the loss is no longer finite, the disk fills, a checkpoint cannot be used, or on Ctrl-C
+        (after saving); the last good checkpoint is intact in each case.
+        """
+        threads = torch.get_num_threads()
+        if self.recipe.train.threads is not None:
+            torch.set_num_threads(self.recipe.train.threads)
+        try:
+            if resume:
+                self._load()
+            self.log = Log(self.out_dir / "metrics.jsonl", keep=(self.stage, self.step) if resume else None)
+            with Interrupt() as interrupt:
+                while self.stage < len(self.recipe.stages):
+                    self._run_stage(interrupt)
+        finally:
+            torch.set_num_threads(threads)
+        return self.backbone
+
+    def _wrap(self, unet: torch.nn.Module) -> Backbone:
+        train, lora = self.recipe.train, self.recipe.lora
+        unet.to(dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
+        if train.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+        return backbone
+
+    def _begin_stage(self) -> Method:
+        """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
+        stage = self.recipe.stages[self.stage]
+        inherits = stage.teacher == "previous_stage" and self.stage > 0
+        if self.step == 0 and self.stage > 0:
+            self.backbone.copy_role(EMA, STUDENT)
+            self._drop_previous()
+            if inherits:
+                self.backbone.add_role(PREVIOUS, like=EMA)
+                self.has_previous = True
+        context = Context(
+            self.backbone,
+            self.process,
+            self.uncond,
+            PREVIOUS if inherits else BASE,
+            self.recipe.stages[self.stage - 1].segments if inherits else None,
+        )
+        return METHODS[type(stage)](stage, context)
+
+    def _run_stage(self, interrupt: Interrupt) -> None:
+        train, stage = self.recipe.train, self.recipe.stages[self.stage]
+        method = self._begin_stage()
+        rate = stage.learning_rate or train.learning_rate
+        self.parameters = self.backbone.role_parameters(STUDENT)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=rate,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        if self.step > 0:
+            self._restore_optimizer()
+        loss = math.nan
+        while self.step < stage.iterations:
+            started = time.perf_counter()
+            self.optimizer.param_groups[0]["lr"] = rate * min(1.0, (self.step + 1) / max(1, train.warmup))
+            measured, norm = self._optimizer_step(method)
+            self.log.add(self.stage, stage.name, self.step, measured, norm, started)
+            self.step += 1
+            stop = interrupt.requested and self.step < stage.iterations
+            save = stop or self.step % train.checkpoint_every == 0 or self.step == stage.iterations
+            # a GPU is asked for its numbers now and then, and always before its weights are saved
+            if self.device.type == "cpu" or save or self.step % train.log_every == 0:
+                loss = self.log.flush()
+            if self.progress is not None:
+                self.progress(stage.name, self.step, stage.iterations, loss)
+            if self.step == stage.iterations:
+                break
+            if save:
+                self._save()
+            if stop:
+                raise HypersdError(
+                    f"stopped in stage {stage.name} after step {self.step}; the state is saved in "
+                    f"{self.checkpoint}, resume goes on from there"
+                )
+        self._export(stage)
+        self.stage, self.step = self.stage + 1, 0
+        self._save()
+        if interrupt.requested and self.stage < len(self.recipe.stages):
+            raise HypersdError(
+                f"stopped after stage {stage.name}; the state is saved in {self.checkpoint}, resume goes on"
+            )
+
+    def _optimizer_step(self, method: Method) -> tuple[Tensor, Tensor]:
+        """One step of optimizer and EMA; (loss, gradient norm) as tensors on the device."""
+        train = self.recipe.train
+        self.optimizer.zero_grad(set_to_none=True)
+        total: Any = 0.0
+        for micro in range(train.accumulation):
+            number = self.step * train.accumulation + micro
+            loss = method.loss(self._batch(number), Draw((train.seed, self.stage, number), self.device))
+            (loss / train.accumulation).backward()
+            total = total + loss.detach() / train.accumulation
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or math.inf)
+        if self.device.type == "cpu" and not math.isfinite(float(total) + float(norm)):
+            return total, norm  # the log stops the run; weights that are still good stay so
+        self.optimizer.step()
+        self.backbone.lerp_role(EMA, STUDENT, 1.0 - train.ema_decay)
+        return total, norm
+
+    def _batch(self, number: int) -> Batch:
+        """Pass `number` of this stage; every stage goes through the data in its own order."""
+        train = self.recipe.train
+        batch = self.dataset.batch(
+            number,
+            train.batch_size,
+            seed=train.seed + 1000003 * self.stage,
+            caption_dropout=self.recipe.data.caption_dropout,
+        )
+        return Batch(batch.latents.to(self.device), {k: v.to(self.device) for k, v in batch.cond.items()})
+
+    def _drop_previous(self) -> None:
+        if self.has_previous:
+            self.backbone.drop_role(PREVIOUS)
+            self.has_previous = False
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for role in [STUDENT, EMA, *([PREVIOUS] if self.has_previous else [])]:
+            tensors.update({f"{role}/{name}": p for name, p in self.backbone.role_parameters(role).items()})
+        if self.step > 0:
+            for name, parameter in self.parameters.items():
+                state = self.optimizer.state[parameter]
+                tensors.update({f"optimizer/{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")})
+        state = {"stage": self.stage, "step": self.step, "recipe": self.recipe.model_dump(mode="json")}
+        save_checkpoint(self.checkpoint, tensors, state)
+
+    def _load(self) -> None:
+        self.loaded, state = load_checkpoint(self.checkpoint)
+        _same_recipe(state["recipe"], self.recipe.model_dump(mode="json"), self.checkpoint)
+        self.stage, self.step = state["stage"], state["step"]
+        if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded):
+            self.backbone.add_role(PREVIOUS, like=STUDENT)
+            self.has_previous = True
+        for role in [STUDENT, EMA, *([PREVIOUS] if self.has_previous else [])]:
+            for name, parameter in self.backbone.role_parameters(role).items():
+                parameter.data.copy_(self._loaded(f"{role}/{name}", parameter))
+
+    def _restore_optimizer(self) -> None:
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), device=parameter.device),
+                **{k: self._loaded(f"optimizer/{k}/{name}", parameter) for k in ("exp_avg", "exp_avg_sq")},
+            }
+        del self.loaded
+
+    def _loaded(self, name: str, like: Tensor) -> Tensor:
+        tensor = self.loaded.get(name)
+        if tensor is None or tensor.shape != like.shape:
+            raise HypersdError(
+                f"checkpoint {self.checkpoint} is of another model: {name} is missing or has another shape"
+            )
+        return tensor.to(like.device, like.dtype)
+
+    def _export(self, stage: BaseStage) -> None:
+        """The stage's EMA weights as a LoRA file, and as lora.safetensors after the last stage."""
+        if not isinstance(self.backbone, Backbone):
+            return
+        metadata = METHODS[type(stage)].metadata(stage, self.process)
+        names = [f"lora-{stage.segments}step"] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else [])
+        for name in names:
+            save_lora(self.out_dir / f"{name}.safetensors", self.backbone, EMA, metadata)
+
+
+def _same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path, where: str = "") -> None:
+    for key in {**old, **new}:
+        a, b, name = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            _same_recipe(a, b, path, f"{name}.")
+        elif (
+            isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(isinstance(x, dict) for x in a + b)
+        ):
+            _same_recipe(dict(enumerate(a)), dict(enumerate(b)), path, f"{name}.")  # type: ignore[arg-type]
+        elif a != b and key not in FREE:
+            raise HypersdError(
+                f"{path} was made with {name} = {a}, the recipe says {b}; resume needs the same recipe", exit_code=2
+            )
