@@ -89,7 +89,7 @@ def test_report_without_losses_or_reference(tmp_path, evaluation, metrics):
         entry.pop("reference")
     for entry in [metrics["teacher"], *metrics["undistilled"].values(), *metrics["student"].values()]:
         entry.update(alignment=None, objects=None, diversity=None)
-    assert "real pictures" not in write_report(tmp_path, evaluation, metrics).read_text()
+    assert "second draw" not in write_report(tmp_path, evaluation, metrics).read_text()
 
 
 def test_grid_places_each_picture_under_its_column(evaluation, metrics):
