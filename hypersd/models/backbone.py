@@ -20,6 +20,7 @@ from hypersd.models.lora import (
     checkpoint,
     folded_weights,
     make_slot,
+    plain_layer,
     use_role,
 )
 
@@ -272,8 +273,7 @@ def _fingerprint(network: nn.Module) -> str:
 
 
 def _can_wrap(module: nn.Module) -> bool:
-    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    return isinstance(layer, nn.Linear | nn.Conv2d)
+    return isinstance(plain_layer(module), nn.Linear | nn.Conv2d)
 
 
 def _is_float(value: Any) -> bool:

@@ -122,6 +122,8 @@ class LoraSlot(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+        # the plain layer, also under a PEFT adapter that the model already carried; in a tuple: not a submodule of ours
+        self._layer = (plain_layer(base),)
         self.a = nn.ParameterDict()
         self.b = nn.ParameterDict()
         self.scale: dict[str, float] = {}
@@ -130,8 +132,7 @@ class LoraSlot(nn.Module):
 
     @property
     def layer(self) -> nn.Module:
-        """The plain layer under an adapter that the model already carried."""
-        return self.base.get_base_layer() if hasattr(self.base, "get_base_layer") else self.base
+        return self._layer[0]
 
     @property
     def weight(self) -> Tensor:
@@ -259,9 +260,14 @@ class LoraConv2d(LoraSlot):
         return F.conv2d(F.conv2d(x, a, None, self.stride, self.padding), b)
 
 
+def plain_layer(module: nn.Module) -> nn.Module:
+    """The layer itself, also where PEFT has wrapped it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+
+
 def make_slot(module: nn.Module) -> LoraSlot | None:
     """A slot around a linear or 2-D convolution layer, also one that already carries a PEFT adapter; else None."""
-    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    layer = plain_layer(module)
     if isinstance(layer, nn.Linear):
         return LoraLinear(module)
     if isinstance(layer, nn.Conv2d):

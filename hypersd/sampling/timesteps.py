@@ -13,7 +13,8 @@ Steps = NDArray[np.int64]
 def trailing(num_steps: int, T: int = 1000) -> Steps:
     """round(T - i T / N) - 1 for i < N: the grid of DDIM-sampled few-step models; starts at T - 1."""
     _check(num_steps, T)
-    return np.round(T - np.arange(num_steps) * (T / num_steps)).astype(np.int64) - 1
+    # as a float range, like diffusers, so that halves round the same way; its spare last entry at some N is cut
+    return np.round(np.arange(T, 0, -T / num_steps)[:num_steps]).astype(np.int64) - 1
 
 
 def leading(num_steps: int, T: int = 1000, steps_offset: int = 0) -> Steps:
