@@ -221,11 +221,16 @@ def _say(text: str) -> None:
 
 
 def _summary(metrics: dict[str, Any]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{metrics['samples']} pictures a row, features: {metrics['features']}", title_justify="left")
-    for name in ("row", "NFE", "Frechet distance", "alignment", "objects", "aesthetic", "diversity"):
-        table.add_column(name, justify="left" if name == "row" else "right")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{metrics['samples']} pictures a row, features: {metrics['features']}",
+        title_justify="left",
+    )
+    for name in ("", "NFE", "Frechet", "alignment", "objects", "aesthetic", "diversity"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
     def add(label: str, row: dict[str, Any], style: str = "") -> None:
         values = [row[key] for key in ("frechet", "alignment", "objects", "aesthetic", "diversity")]
@@ -257,6 +262,8 @@ def run(arguments: list[str]) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(arguments, standalone_mode=False)
+        if code == 130:  # how newer typer reports Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except HypersdError as error:
         return _fail(str(error), error.exit_code, debug)

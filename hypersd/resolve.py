@@ -50,7 +50,8 @@ def model_folder(path: str) -> Path:
 
 def load_model(path: str, device: str = "auto") -> Components:
     """The frozen parts of a model on `device`."""
-    return load_components(model_folder(path), device=pick_device(device))
+    target = pick_device(device)
+    return load_components(model_folder(path), device=target)
 
 
 def writable(folder: str | Path) -> Path:

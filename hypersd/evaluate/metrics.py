@@ -21,6 +21,7 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._root: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
@@ -43,6 +44,7 @@ class Moments:
         self._scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * len(x) / total)
         self.mean += delta * (len(x) / total)
         self.count = total
+        self._root = None
 
     @property
     def covariance(self) -> Tensor:
@@ -51,16 +53,22 @@ class Moments:
             raise HypersdError(f"a covariance needs at least 2 pictures, not {self.count}; ask for more samples")
         return self._scatter / (self.count - 1)
 
+    @property
+    def root(self) -> Tensor:
+        """(D, D) float64, the symmetric square root of the covariance; kept until the next update."""
+        if self._root is None:
+            values, vectors = torch.linalg.eigh(self.covariance)
+            self._root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return self._root
+
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2): the squared 2-Wasserstein distance of two Gaussians
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C2^1/2 C1 C2^1/2)^1/2): the squared 2-Wasserstein distance of two Gaussians
     (Dowson & Landau 1982). The symmetric form needs only eigenvalues of symmetric matrices, so rank-deficient
     covariances (fewer pictures than features) are no special case. Biased upwards at small N: compare at equal N.
     """
-    c1, c2 = first.covariance, second.covariance
-    values, vectors = torch.linalg.eigh(c1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root @ c2 @ root
+    c1, c2, root = first.covariance, second.covariance, second.root
+    product = root @ c1 @ root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     distance = (first.mean - second.mean).square().sum() + c1.trace() + c2.trace() - 2 * cross
     return max(float(distance), 0.0)

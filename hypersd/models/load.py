@@ -190,9 +190,9 @@ def check_safetensors(path: Path) -> dict[str, str]:
         raise HypersdError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         with open(path, "rb") as raw:
-            start = raw.read(2)
-        # a zip archive or a bare pickle, the two forms of torch.save
-        if start in (b"PK", b"\x80\x02"):
+            start = raw.read(3)
+        # a zip archive or a bare pickle of any protocol
+        if start.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95")):
             raise HypersdError(f"{path} is a pickle, not safetensors, and is not opened; convert it first") from None
         raise HypersdError(f"{path} is truncated or damaged ({_one_line(error)}); copy it again") from None
 

