@@ -1,0 +1,434 @@
+"""Trains the embedded model from nothing, in three commands (each resumes where it was cut off):
+
+    python -m hypersd.emoji.train vae          autoencoder 64x64x3 <-> 16x16x4
+    python -m hypersd.emoji.train teacher      text encoder and UNet, v-prediction, 10 % caption dropout
+    python -m hypersd.emoji.train evaluators   reward and judge networks
+
+and writes the diffusers folder and the evaluators to hypersd/emoji/weights in 16 bit. `--work` holds the resumable
+state. Runs on CPU (bf16 autocast) and on CUDA; every scene is drawn once and never repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from hypersd.emoji import tokens
+from hypersd.emoji.degrade import degrade
+from hypersd.emoji.evaluators import SETS, Evaluator, solo_loss
+from hypersd.emoji.scenes import SIZE, Scenes, render
+from hypersd.emoji.weights import FOLDER
+from hypersd.files import atomic_write
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Work = Annotated[Path, typer.Option(help="folder of the resumable state")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+DEFAULT_WORK = Path("out/emoji")
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, by diffusers' historical naming
+        norm_num_groups=16,
+    )
+
+
+def new_text_encoder() -> CLIPTextModel:
+    tokenizer = tokens.build()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokens.LENGTH,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class State:
+    """Modules, their optimiser and a step counter, saved whole and atomically as one safetensors file."""
+
+    def __init__(self, path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        self.path, self.modules, self.optimizer, self.step = path, modules, optimizer, 0
+        if path.exists():
+            saved = load_file(path)
+            self.step = int(saved.pop("step"))
+            for name, module in modules.items():
+                part = {
+                    key.removeprefix(name + "."): value for key, value in saved.items() if key.startswith(name + ".")
+                }
+                module.load_state_dict(part)
+            slots = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index, parameter in enumerate(slots):
+                state = {kind: saved[f"optimizer.{index}.{kind}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+                device = {kind: value.to(parameter.device) for kind, value in state.items() if kind != "step"}
+                optimizer.state[parameter] = {"step": state["step"], **device}
+            print(f"resumed {path} at step {self.step}", flush=True)
+
+    def save(self) -> None:
+        flat: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for name, module in self.modules.items():
+            flat |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        slots = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(slots):
+            for kind, value in self.optimizer.state[parameter].items():
+                flat[f"optimizer.{index}.{kind}"] = torch.as_tensor(value)
+        flat = {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+        atomic_write(self.path, lambda file: save_file(flat, file))
+
+
+def prefetch(make, start: int) -> Iterator:
+    """make(start), make(start + 1), ... with the next one under way in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(make, start)
+        while True:
+            start += 1
+            ready, pending = pending, pool.submit(make, start)
+            yield ready.result()
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def half(module: nn.Module) -> nn.Module:
+    return module.to(torch.float16)
+
+
+@app.command()
+def vae(
+    steps: int = 2500,
+    batch: int = 24,
+    peak: float = 2e-3,
+    work: Work = DEFAULT_WORK,
+    device: Device = "cpu",
+    seed: int = 1,
+) -> None:
+    """Train the autoencoder: L1 and L1 of image gradients, and a very small KL term."""
+    torch.manual_seed(seed)
+    model = new_vae().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    state = State(work / "vae.safetensors", {"vae": model}, optimizer)
+    began = time.time()
+    for images in prefetch(lambda index: to_tensor(render(seed, batch, start=index * batch).images), state.step):
+        if state.step >= steps:
+            break
+        optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak)
+        images = images.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            posterior = model.encode(images).latent_dist
+            output = model.decode(posterior.sample()).sample
+        output = output.float()
+        edges = sum((torch.diff(output, dim=d) - torch.diff(images, dim=d)).abs().mean() for d in (2, 3))
+        kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        loss = (output - images).abs().mean() + edges + 1e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state.step += 1
+        if state.step % 25 == 0:
+            psnr = -10 * math.log10(float((output.detach() - images).square().mean()) / 4)
+            print(
+                f"vae {state.step}/{steps} loss {loss.item():.4f} psnr {psnr:.2f} {time.time() - began:.0f} s",
+                flush=True,
+            )
+        if state.step % 250 == 0 or state.step == steps:
+            state.save()
+    model.eval()
+    with torch.no_grad():  # scaling_factor makes the latents' standard deviation 1
+        sample = to_tensor(render(seed + 1, 256).images).to(device)
+        latents = torch.cat([model.encode(part).latent_dist.mode() for part in sample.split(64)])
+        output = torch.cat([model.decode(part).sample for part in latents.split(64)])
+    model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    psnr = -10 * math.log10(float((output - sample).square().mean()) / 4)
+    print(f"unseen scenes: psnr {psnr:.2f} dB, scaling factor {model.config.scaling_factor}", flush=True)
+    half(model).save_pretrained(FOLDER / "vae")
+
+
+@torch.no_grad()
+def encode_latents(model: AutoencoderKL, images: np.ndarray, device: str) -> Tensor:
+    parts = [model.encode(part.to(device)).latent_dist.mode() for part in to_tensor(images).split(64)]
+    return torch.cat(parts) * model.config.scaling_factor
+
+
+class Pool:
+    """Latents (float16) and token ids of `count` scenes, made once and kept in the work folder."""
+
+    def __init__(self, path: Path, count: int, seed: int, device: str) -> None:
+        if not path.exists():
+            model = AutoencoderKL.from_pretrained(FOLDER / "vae").eval().to(device)
+            tokenizer = tokens.build()
+            latents, ids = (
+                torch.empty(count, 4, 16, 16, dtype=torch.float16),
+                torch.empty(count, tokens.LENGTH, dtype=torch.int16),
+            )
+            began, chunk = time.time(), 1024
+            with torch.autocast(device, torch.bfloat16):
+                starts = range(0, count, chunk)
+                source = prefetch(lambda index: render(seed, chunk, start=index * chunk), 0)
+                for start, scenes in zip(starts, source, strict=False):
+                    stop = min(count, start + chunk)
+                    latents[start:stop] = encode_latents(model, scenes.images, device).half().cpu()[: stop - start]
+                    ids[start:stop] = tokens.encode(tokenizer, scenes.captions).to(torch.int16)[: stop - start]
+                    print(f"latents {stop}/{count} {time.time() - began:.0f} s", flush=True)
+            atomic_write(path, lambda file: save_file({"latents": latents, "ids": ids}, file))
+        saved = load_file(path)
+        self.latents, self.ids = saved["latents"].to(device), saved["ids"].to(device)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        rows = np.random.Generator(np.random.PCG64([seed, step])).integers(0, len(self.ids), size)
+        rows_t = torch.from_numpy(rows).to(self.ids.device)
+        return self.latents[rows_t].float(), self.ids[rows_t].long()
+
+
+@app.command()
+def teacher(
+    steps: int = 12000,
+    batch: int = 64,
+    peak: float = 1e-3,
+    pool: int = 60000,
+    ema_decay: float = 0.999,
+    dropout: float = 0.1,
+    work: Work = DEFAULT_WORK,
+    device: Device = "cpu",
+    seed: int = 2,
+) -> None:
+    """Train text encoder and UNet on latents: v-prediction, min-SNR-5 weights (Hang et al. 2023), EMA."""
+    torch.manual_seed(seed)
+    scheduler = noise_scheduler()
+    alphas = scheduler.alphas_cumprod.to(device).sqrt()
+    sigmas = (1 - scheduler.alphas_cumprod).to(device).sqrt()
+    model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder()}).to(device)
+    average = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder()}).to(device).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    state = State(work / "teacher.safetensors", {"model": model, "average": average}, optimizer)
+    data = Pool(work / "latents.safetensors", pool, seed, device)
+    null = tokens.encode(tokens.build(), [""]).to(device)
+    began, began_step, recent = time.time(), state.step, []
+    # The fused CPU attention is several times slower than plain products at 16 to 64 tokens, backward above all.
+    with sdpa_kernel(
+        SDPBackend.MATH
+        if device == "cpu"
+        else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    ):
+        while state.step < steps:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + state.step)
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(state.step, steps, peak, warmup=300)
+            latents, ids = data.batch(state.step, batch, seed)
+            drop = torch.rand(batch, device=device, generator=generator) < dropout
+            ids = torch.where(drop[:, None], null, ids)
+            # one timestep from each of `batch` equal slices: the loss is far less noisy than with independent draws
+            slices = (
+                torch.arange(batch, device=device) + torch.rand(batch, device=device, generator=generator)
+            ) / batch
+            timestep = (slices * 1000).long().clamp_(max=999)
+            noise = torch.randn(latents.shape, device=device, generator=generator)
+            alpha, sigma = alphas[timestep].view(-1, 1, 1, 1), sigmas[timestep].view(-1, 1, 1, 1)
+            x_t, target = alpha * latents + sigma * noise, alpha * noise - sigma * latents
+            with torch.autocast(device, torch.bfloat16):
+                hidden = model["text"](ids).last_hidden_state
+                output = model["unet"](x_t, timestep, hidden, return_dict=False)[0]
+            snr = (alpha / sigma).square()
+            weight = snr.clamp(max=5) / (snr + 1) + 0.2  # the floor keeps the noisiest steps, which decide the layout
+            loss = (weight * (output.float() - target).square()).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            state.step += 1
+            decay = min(ema_decay, (1 + state.step) / (10 + state.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            recent.append(loss.detach())
+            if state.step % 50 == 0:
+                speed = (state.step - began_step) / (time.time() - began)
+                print(
+                    f"teacher {state.step}/{steps} loss {torch.stack(recent).mean().item():.4f} {speed:.2f} it/s",
+                    flush=True,
+                )
+                recent.clear()
+            if state.step % 500 == 0 or state.step == steps:
+                state.save()
+                save_teacher(average, scheduler)
+
+
+@app.command()
+def evaluators(
+    steps: int = 6000,
+    batch: int = 48,
+    peak: float = 2e-3,
+    work: Work = DEFAULT_WORK,
+    device: Device = "cpu",
+    only: str = "",
+) -> None:
+    """Train the reward and the judge set, each on its own scenes with its own seed and width."""
+    for name, setup in SETS.items():
+        if only and name != only:
+            continue
+        torch.manual_seed(setup["seed"])
+        model = Evaluator(setup["wide"]).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        state = State(work / f"evaluator-{name}.safetensors", {"model": model}, optimizer)
+        began = time.time()
+        for scenes in prefetch(
+            lambda index, stream=setup["stream"]: render(stream, batch, start=index * batch), state.step
+        ):
+            if state.step >= steps:
+                break
+            generator = torch.Generator().manual_seed(setup["seed"] * 1_000_003 + state.step)
+            optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak)
+            with torch.autocast(device, torch.bfloat16):
+                losses = evaluator_losses(model, scenes, device, generator)
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            state.step += 1
+            if state.step % 100 == 0:
+                parts = " ".join(f"{key} {value.item():.3f}" for key, value in losses.items())
+                print(f"{name} {state.step}/{steps} {parts} {time.time() - began:.0f} s", flush=True)
+            if state.step % 500 == 0 or state.step == steps:
+                state.save()
+        model.eval()
+        flat = {key: value.detach().half().cpu().contiguous() for key, value in model.state_dict().items()}
+        atomic_write(FOLDER / "evaluators" / f"{name}.safetensors", lambda file, flat=flat: save_file(flat, file))
+        print(name, check_evaluator(model.float(), device), flush=True)
+
+
+def evaluator_losses(model: Evaluator, scenes: Scenes, device: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """SOLO, background, contrastive and preference losses of one batch of scenes."""
+    clean = to_tensor(scenes.images).to(device)
+    images = clean + 0.04 * torch.rand((), generator=generator).to(device) * torch.randn_like(clean)
+    middle, top = model.maps(images)
+    features = model.pooled(top)
+    category, mask = model.segment_maps(middle, top)
+    image, text = model.embed_images(features), model.embed_captions(scenes.captions)
+    logits = model.log_temperature.clamp(max=4.0).exp() * image @ text.T
+    # equal captions are not each other's negatives
+    same = torch.tensor([[a == b for b in scenes.captions] for a in scenes.captions], device=device)
+    target = same.float() / same.sum(1, keepdim=True)
+    margin = model.preference(clean) - model.preference(degrade(clean, generator))
+    return {
+        "solo": solo_loss(category.float(), mask, scenes.objects, torch.from_numpy(scenes.masks).to(device)),
+        "ground": nn.functional.cross_entropy(
+            model.ground(features).float(), torch.from_numpy(scenes.background).to(device)
+        ),
+        "text": 0.5 * sum(nn.functional.cross_entropy(part.float(), target) for part in (logits, logits.T)),
+        "taste": nn.functional.softplus(-margin.float()).mean() + 1e-3 * margin.float().square().mean(),
+    }
+
+
+@torch.no_grad()
+def check_evaluator(model: Evaluator, device: str, count: int = 1000) -> dict[str, float]:
+    """On unseen held-out scenes: objects among the top two, background, caption retrieval among 100, preference."""
+    scenes = render(999, count, "heldout")
+    images = to_tensor(scenes.images).to(device)
+    hits = total = right = preferred = retrieved = 0
+    for start in range(0, count, 100):
+        part, things = images[start : start + 100], scenes.objects[start : start + 100]
+        best = model.objects(part).topk(2, dim=1).indices.tolist()
+        hits += sum(item in row for row, items in zip(best, things, strict=True) for item in items)
+        total += sum(map(len, things))
+        ground = torch.from_numpy(scenes.background[start : start + 100]).to(device)
+        right += int((model.background(part).argmax(1) == ground).sum())
+        similarity = (
+            model.embed_images(model.features(part)) @ model.embed_captions(scenes.captions[start : start + 100]).T
+        )
+        retrieved += int((similarity.argmax(1).cpu() == torch.arange(100)).sum())
+        spoiled = degrade(part, torch.Generator().manual_seed(start))
+        preferred += int((model.preference(part) > model.preference(spoiled)).sum())
+    return {
+        "objects": hits / total,
+        "background": right / count,
+        "retrieval": retrieved / count,
+        "preference": preferred / count,
+    }
+
+
+def noise_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
+
+
+def save_teacher(average: nn.ModuleDict, scheduler: DDIMScheduler) -> None:
+    """Write the averaged networks as a diffusers pipeline folder, in float16."""
+    unet, text = new_unet(), new_text_encoder()
+    unet.load_state_dict(average["unet"].state_dict())
+    text.load_state_dict(average["text"].state_dict())
+    half(unet).save_pretrained(FOLDER / "unet")
+    half(text).save_pretrained(FOLDER / "text_encoder")
+    tokens.build().save_pretrained(FOLDER / "tokenizer")
+    scheduler.save_pretrained(FOLDER / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    atomic_write(FOLDER / "model_index.json", lambda file: file.write_text(json.dumps(index, indent=2) + "\n"))
+
+
+if __name__ == "__main__":
+    app()
