@@ -88,9 +88,14 @@ def _alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         if not key.endswith(".lora_A.weight"):
             continue
         name, rank = key.removesuffix(".lora_A.weight"), tensor.shape[0]
+        # a pipeline's file says "unet.lora_alpha", a single network's file "lora_alpha"
         prefix, _, path = name.partition(".")
-        alpha = config.get(f"{prefix}.alpha_pattern", {}).get(path, config.get(f"{prefix}.lora_alpha", rank))
-        if config.get(f"{prefix}.use_rslora"):
+        start, path = (f"{prefix}.", path) if f"{prefix}.lora_alpha" in config else ("", name)
+        alpha = config.get(f"{start}lora_alpha", rank)
+        for end, value in (config.get(f"{start}alpha_pattern") or {}).items():
+            if path == end or path.endswith("." + end):
+                alpha = value
+        if config.get(f"{start}use_rslora"):
             alpha *= math.sqrt(rank)
         if alpha != rank:
             alphas[f"{name}.alpha"] = torch.tensor(float(alpha))

@@ -1,0 +1,209 @@
+"""LoRA files: both key layouts, metadata, foreign and broken files, and diffusers as a reader."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from hypersd.errors import HypersdError
+from hypersd.models import Backbone, LoraSpec, encode_prompts, load_components, load_lora, save_lora
+
+SPEC = LoraSpec(rank=4, alpha=2)
+METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
+
+
+@pytest.fixture
+def backbone(tiny_unet):
+    backbone = Backbone(tiny_unet, SPEC)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.role_parameters("student").values():
+            parameter.normal_(0, 0.05, generator=generator)
+    return backbone
+
+
+def assert_equal_roles(backbone, role, other):
+    first, second = backbone.role_parameters(role), backbone.role_parameters(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [s.scale[role] for s in backbone.slots.values()] == [s.scale[other] for s in backbone.slots.values()]
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_round_trip_keeps_every_bit_and_the_scale(backbone, tmp_path, format):
+    path = save_lora(tmp_path / "lora.safetensors", backbone, "student", METADATA, format)
+    state, metadata = load_lora(path)
+    backbone.load_lora_state_dict(state, "again")
+    assert_equal_roles(backbone, "student", "again")
+    assert metadata.items() >= METADATA.items()
+    assert (metadata["rank"], float(metadata["alpha"])) == ("4", 2.0)
+    assert metadata["base_model"] == backbone.fingerprint and metadata["lora_format"] == format
+    names = set(load_file(path))
+    if format == "peft":
+        assert "unet.down_blocks.0.resnets.0.conv1.lora_A.weight" in names and len(names) == 2 * len(backbone.slots)
+    else:
+        key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+        assert {f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"} <= names
+        assert load_file(path)[f"{key}.alpha"] == 2.0
+
+
+def test_kohya_and_peft_say_the_same(backbone):
+    backbone.load_lora_state_dict(backbone.lora_state_dict("student", "kohya"), "kohya")
+    backbone.load_lora_state_dict(backbone.lora_state_dict("kohya", "peft"), "peft", scale=SPEC.scale)
+    assert_equal_roles(backbone, "student", "peft")
+
+
+def test_other_spellings_are_read(backbone):
+    state = backbone.lora_state_dict("student")
+    spellings = [
+        lambda k: k.removeprefix("unet."),
+        lambda k: k.replace("unet.", "base_model.model."),
+        lambda k: k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
+        lambda k: k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."),
+    ]
+    for i, spell in enumerate(spellings):
+        backbone.load_lora_state_dict({spell(k): v for k, v in state.items()}, f"r{i}", scale=SPEC.scale)
+        assert_equal_roles(backbone, "student", f"r{i}")
+
+
+def test_without_alpha_the_scale_is_one_or_as_told(backbone):
+    """A rank-64 file that says nothing of alpha is used at 1, and at 0.125 where its author says so."""
+    state = backbone.lora_state_dict("student")
+    backbone.load_lora_state_dict(state, "plain")
+    backbone.load_lora_state_dict(state, "told", scale=0.125)
+    assert {s.scale["plain"] for s in backbone.slots.values()} == {1.0}
+    assert {s.scale["told"] for s in backbone.slots.values()} == {0.125}
+
+
+def test_a_file_brings_its_own_ranks_and_layers(tiny_unet, backbone):
+    state = {
+        "unet.conv_in.lora_A.weight": torch.randn(3, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.randn(32, 3, 1, 1),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.randn(7, 64),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.randn(64, 7),
+    }
+    backbone.load_lora_state_dict(state, "odd")
+    assert {path: s.a["odd"].shape[0] for path, s in backbone.role_slots("odd").items()} == {
+        "conv_in": 3,
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 7,
+    }
+    x_t, cond = torch.randn(1, 4, 16, 16), {"encoder_hidden_states": torch.randn(1, 16, 32)}
+    base, odd = (backbone(x_t, torch.tensor(500), cond, role=role) for role in ("base", "odd"))
+    assert (odd - base).abs().max() > 1e-2
+    assert isinstance(backbone.release().conv_in, torch.nn.Conv2d)
+
+
+def test_loading_into_a_known_role_keeps_its_parameters(backbone):
+    parameters = backbone.role_parameters("student")
+    state = {name: tensor * 2 for name, tensor in backbone.lora_state_dict("student").items()}
+    backbone.load_lora_state_dict(state, "student", scale=SPEC.scale)
+    for name, parameter in backbone.role_parameters("student").items():
+        assert parameter is parameters[name] and torch.equal(parameter, state["unet." + name])
+
+
+def test_a_lora_for_another_model_names_what_does_not_fit(backbone, tiny_sdxl_unet):
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = backbone.lora_state_dict("student")
+    foreign = Backbone(tiny_sdxl_unet, SPEC).lora_state_dict("student")
+    wide = {name: t.repeat(1, 2) if "attn2.to_k.lora_A" in name else t for name, t in state.items()}
+    other_rank = {name: t[:2] if "lora_A" in name else t[:, :2] for name, t in state.items()}
+    before = {name: p.clone() for name, p in backbone.role_parameters("student").items()}
+    cases = [
+        (foreign, "new", "another model: .*transformer_blocks.1.attn1.to_q.lora_A.weight names a layer"),
+        (wide, "new", "another model: .*attn2.to_k a has shape \\(4, 64\\), not \\(4, 32\\)"),
+        ({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}, "new", "unet.nowhere.lora_A.weight names a layer"),
+        ({"unet.conv_in.weight": torch.zeros(1)}, "new", "unet.conv_in.weight is not a LoRA key"),
+        ({k: v for k, v in state.items() if k != key + ".lora_B.weight"}, "new", "incomplete.*attn1.to_q"),
+        ({}, "new", "no tensors"),
+        (other_rank, "student", "rank 2 in the file and 4"),
+        ({k: v for k, v in state.items() if not k.startswith(key)}, "student", "the file lacks layer .*attn1.to_q"),
+    ]
+    for bad, role, message in cases:
+        with pytest.raises(HypersdError, match=message) as error:
+            backbone.load_lora_state_dict(bad, role)
+        assert "\n" not in str(error.value)
+    assert backbone.roles == ["student"]
+    assert all(torch.equal(p, before[name]) for name, p in backbone.role_parameters("student").items())
+
+
+def test_broken_files_are_one_clear_line(backbone, tmp_path):
+    whole = save_lora(tmp_path / "lora.safetensors", backbone, "student", METADATA)
+    data = whole.read_bytes()
+    cases = {"half.safetensors": data[: len(data) // 2], "stub.safetensors": data[:5], "empty.safetensors": b""}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(HypersdError, match=f"{name} is truncated or damaged"):
+            load_lora(tmp_path / name)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "lora.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("lora.pt", "old.pt"):
+        with pytest.raises(HypersdError, match=f"{name} is a pickle"):
+            load_lora(tmp_path / name)
+    with pytest.raises(HypersdError, match="does not exist"):
+        load_lora(tmp_path / "none.safetensors")
+    save_file({"unet.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors", {"lora_adapter_metadata": "{"})
+    with pytest.raises(HypersdError, match="not JSON"):
+        load_lora(tmp_path / "m.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file(backbone, tmp_path):
+    """A limit on the file size fails the writer as a full disk does, half way through."""
+    path = save_lora(tmp_path / "lora.safetensors", backbone, "student")
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        with pytest.raises(HypersdError, match="cannot write .*lora.safetensors.*free space") as error:
+            save_lora(path, backbone, "student", METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+    with pytest.raises(HypersdError, match="format 'onnx'"):
+        save_lora(path, backbone, "student", format="onnx")
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+@pytest.mark.parametrize("shape", ["sd", "sdxl"])
+def test_a_diffusers_pipeline_loads_our_file(request, tmp_path, format, shape):
+    folder = request.getfixturevalue(f"tiny_{shape}_folder")
+    components = load_components(folder)
+    backbone = Backbone(components.unet, SPEC)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.role_parameters("student").values():
+            parameter.normal_(0, 0.05, generator=generator)
+    save_lora(tmp_path / "lora.safetensors", backbone, "student", METADATA, format)
+    x_t = torch.randn(1, 4, 16, 16, generator=generator)
+    cond = encode_prompts(components, ["a fox and a red apple"])
+    t = torch.tensor(400)
+    ours, base = (backbone(x_t, t, cond, role=role) for role in ("student", "base"))
+    assert (ours - base).abs().max() > 0.05
+
+    cls = diffusers.StableDiffusionPipeline if shape == "sd" else diffusers.StableDiffusionXLPipeline
+    pipe = cls.from_pretrained(folder, local_files_only=True)
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    added = {k: cond[k] for k in ("text_embeds", "time_ids") if k in cond} or None
+    theirs = pipe.unet(x_t, t, cond["encoder_hidden_states"], added_cond_kwargs=added).sample
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_file_of_diffusers_is_read_with_its_alpha(tiny_unet, tmp_path):
+    """Saved by diffusers from PEFT adapters with alpha != rank, scale from the file's own metadata."""
+    unet = copy.deepcopy(tiny_unet)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    unet.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    state, metadata = load_lora(tmp_path / "lora.safetensors")
+    backbone = Backbone(tiny_unet, SPEC)
+    assert json.loads(metadata["lora_adapter_metadata"])["lora_alpha"] == 6
+    backbone.load_lora_state_dict(state, "theirs")
+    x_t, cond = torch.randn(1, 4, 16, 16), {"encoder_hidden_states": torch.randn(1, 16, 32)}
+    expected = unet(x_t, torch.tensor(10), **cond).sample
+    assert (backbone(x_t, torch.tensor(10), cond, role="theirs") - expected).abs().max() < 1e-4
