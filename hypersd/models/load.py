@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from hypersd.errors import HypersdError
 
@@ -23,9 +22,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Components:
     """The parts of one text-to-image model, frozen and in eval mode."""
 
-    unet: nn.Module
-    vae: nn.Module
-    text_encoders: list[nn.Module]
+    unet: Any  # UNet2DConditionModel
+    vae: Any  # AutoencoderKL
+    text_encoders: list[Any]  # CLIPTextModel, and for SDXL CLIPTextModelWithProjection
     tokenizers: list[Any]
     scheduler_config: dict[str, Any]
     folder: Path
@@ -42,14 +41,14 @@ class Components:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the model's own picture size."""
-        size = self.unet.config.sample_size  # type: ignore[union-attr]
+        size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)  # type: ignore[union-attr, arg-type]
+        return int(self.unet.config.in_channels), int(height), int(width)
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def to(self, device: str | torch.device) -> Components:
         for module in (self.unet, self.vae, *self.text_encoders):
@@ -214,4 +213,4 @@ def _loading(part: Path) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__

@@ -233,11 +233,12 @@ class LoraConv2d(LoraSlot):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        conv = self.layer
+        conv: Any = self.layer
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
         if not plain or isinstance(conv.padding, str):
             raise HypersdError(f"{conv} cannot take a LoRA: groups, dilation and padding modes are not supported")
-        self.stride, self.padding = conv.stride, conv.padding
+        self.stride: tuple[int, int] = conv.stride
+        self.padding: tuple[int, int] = conv.padding
 
     @property
     def in_channels(self) -> int:

@@ -64,7 +64,7 @@ def encode_images(components: Components, images: Tensor, generator: torch.Gener
         )
     vae = components.vae
     weight = next(vae.parameters())
-    posterior = vae.encode(images.to(weight)).latent_dist  # type: ignore[operator]
+    posterior = vae.encode(images.to(weight)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     shift, scale = _vae_affine(components)
     return ((latents - shift) * scale).to(images.dtype)
@@ -77,13 +77,13 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
     weight = next(vae.parameters())
     shift, scale = _vae_affine(components)
     z = latents / scale + shift
-    return vae.decode(z.to(weight), return_dict=False)[0].to(latents.dtype)  # type: ignore[operator]
+    return vae.decode(z.to(weight), return_dict=False)[0].to(latents.dtype)
 
 
 def _vae_affine(components: Components) -> tuple[float, float]:
     config = components.vae.config
     shift = getattr(config, "shift_factor", None)
-    return 0.0 if shift is None else float(shift), float(config.scaling_factor)  # type: ignore[union-attr, arg-type]
+    return 0.0 if shift is None else float(shift), float(config.scaling_factor)
 
 
 def _time_ids(components: Components) -> Tensor:

@@ -30,10 +30,11 @@ from hypersd.sampling.timesteps import lcm_grid, leading, linspace, subsample, t
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class _AffineScheduler(SchedulerMixin, ConfigMixin):
+class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What the three have in common: the noise process, tables on the device, adding noise, clipping x_0."""
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    config: Any
     order = 1
     init_noise_sigma = 1.0
 
