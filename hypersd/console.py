@@ -30,14 +30,14 @@ class Progress:
     def __init__(self, work: Mapping[str, float] | None = None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.work = dict(work or {})
-        self.seconds: dict[str, float] = {}  # of each phase, in order
+        self.seconds: dict[str, float] = {}  # of each phase, in order; what passes before a report counts for its phase
         self._shares = dict.fromkeys(self.work, 0.0)
         self._tasks: dict[str, TaskID] = {}
         self._bars: Bars | None = None
-        self._current: str | None = None
+        self._current = ""
 
     def __enter__(self) -> Progress:
-        self._started = self._phase_started = self._said = time.monotonic()
+        self._started = self._last = self._said = time.monotonic()
         if self.console.is_terminal:
             self._bars = Bars(
                 TextColumn("{task.description}"),
@@ -55,15 +55,19 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_phase()
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int | None, note: str = "") -> None:
-        if phase != self._current:
-            self._close_phase()
-            self._current, self._phase_started = phase, time.monotonic()
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+        if phase != self._current and self._current in self._tasks and self._bars is not None:
+            self._bars.update(self._tasks[self._current], note="")
+        self._current = phase
         if total and phase in self._shares:
+            for earlier in list(self.work)[: list(self.work).index(phase)]:
+                self._shares[earlier] = 1.0  # over, or skipped: what it would make was there already
             self._shares[phase] = done / total
         left = self.remaining()
         overall = f"about {duration(left)} left in all" if left is not None else ""
@@ -76,10 +80,10 @@ class Progress:
                 total=total,
                 note="  ".join(part for part in (note, overall) if part),
             )
-        elif done == total or time.monotonic() - self._said > QUIET_SECONDS:
-            self._said = time.monotonic()
+        elif done == total or now - self._said > QUIET_SECONDS:
+            self._said = now
             of = f"{done}/{total}" if total else str(done)
-            parts = [f"{phase}: {of} in {duration(time.monotonic() - self._phase_started)}", note, overall]
+            parts = [f"{phase}: {of} in {duration(self.seconds[phase])}", note, overall]
             self.console.print(", ".join(part for part in parts if part), highlight=False, soft_wrap=True)
 
     def remaining(self) -> float | None:
@@ -87,13 +91,3 @@ class Progress:
         whole = sum(self.work.values())
         share = sum(self.work[name] * part for name, part in self._shares.items()) / whole if whole else 0.0
         return (time.monotonic() - self._started) * (1 - share) / share if share > 0.01 else None
-
-    def _close_phase(self) -> None:
-        if self._current is None:
-            return
-        self.seconds[self._current] = self.seconds.get(self._current, 0.0) + time.monotonic() - self._phase_started
-        if self._current in self._shares:
-            self._shares[self._current] = 1.0
-        if self._bars is not None:
-            self._bars.update(self._tasks[self._current], note="")
-        self._current = None

@@ -1,0 +1,124 @@
+"""The main job from end to end, on a tiny random model in the place of the embedded one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from hypersd import cli, demo
+from hypersd.console import Progress, duration
+from hypersd.distill.recipe import load_recipe
+from hypersd.evaluate.run import COLUMNS
+
+RECIPE = """
+[data]
+count = 8
+[lora]
+rank = 2
+alpha = 2.0
+[train]
+batch_size = 2
+[[stages]]
+method = "tscd"
+segments = 2
+iterations = 2
+guidance_scale = [3.0, 5.0]
+[[stages]]
+method = "tscd"
+segments = 1
+iterations = 2
+guidance_scale = [3.0, 3.0]
+"""
+
+
+class Colours:
+    """Judges by colour; what matters here is only that every column is filled."""
+
+    def features(self, images):
+        return images.mean((2, 3))
+
+    def alignment(self, images, captions):
+        return images[:, 0].mean((1, 2))
+
+    def preference(self, images):
+        return images.std((1, 2, 3))
+
+    def objects(self, images):
+        return torch.randn(len(images), 256, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def embedded(tmp_path, tiny_sd_folder, monkeypatch):
+    """Nothing but the weights is replaced: model folder, judge, and a recipe of four optimizer steps."""
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE)
+    monkeypatch.setattr("hypersd.emoji.model_folder", lambda: tiny_sd_folder)
+    monkeypatch.setattr("hypersd.emoji.evaluators.load", lambda name: {"judge": Colours()}[name])
+    monkeypatch.setitem(demo.BUDGETS, "quick", demo.Budget(str(recipe), 3))
+    return tmp_path
+
+
+def test_demo_leaves_everything_that_it_promises(embedded, capsys):
+    out = embedded / "out"
+    assert cli.run(["demo", "--out", str(out)]) == 0
+    names = {"lora.safetensors", "grid.png", "curves.png", "metrics.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == names | {"training"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["samples"] == 3 and metrics["teacher"]["nfe"] == 50
+    assert metrics["recipe"]["stages"][0]["segments"] == 2
+    for group in ("undistilled", "student"):
+        assert list(metrics[group]) == ["1", "2", "4", "8"]
+        for row in metrics[group].values():
+            assert set(row) == set(COLUMNS) and None not in row.values()
+    assert metrics["student"]["4"]["nfe"] == 4 and metrics["undistilled"]["4"]["nfe"] == 8
+    assert metrics["reference"]["real"]["diversity"] > 0
+    assert Image.open(out / "grid.png").width > 1000
+    assert (out / "lora.safetensors").read_bytes() == (out / "training" / "lora.safetensors").read_bytes()
+    printed = capsys.readouterr()
+    assert "student, 8 steps" in printed.out and str(out / "report.html") in printed.out.replace("\n", "")
+    assert "tscd-2: 2/2" in printed.err and "about 0 s left in all" in printed.err
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_from_cached_latents(embedded):
+    runs = []
+    for _ in range(2):
+        demo.run(embedded / "out")
+        metrics = json.loads((embedded / "out" / "metrics.json").read_text())
+        runs.append({name: metrics[name] for name in ("teacher", "undistilled", "student", "reference", "intervals")})
+    assert runs[0] == runs[1]
+
+
+def test_an_option_of_the_recipe_decides_guidance_and_work(embedded):
+    recipe = load_recipe(str(embedded / "tiny.toml"))
+    assert demo.guidance_of(recipe) == 4.0
+    work = demo.work_of(recipe, samples=36)
+    assert work["encode pictures"] == 8 and work["tscd-2"] == 2 * 2 * demo.TRAINING_PASSES
+    assert work["judge teacher"] == 50 * 100 and work["judge student/4"] == 400
+
+
+def test_quick_and_full_recipes_are_shipped():
+    for budget in ("quick", "full"):
+        recipe = load_recipe(demo.BUDGETS[budget].recipe)
+        assert recipe.model.path == "embedded" and recipe.stages[-1].segments == 1
+
+
+def test_time_left_counts_all_work(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("hypersd.console.time.monotonic", lambda: clock[0])
+    with Progress({"first": 10, "second": 30}) as progress:
+        assert progress.remaining() is None
+        clock[0] = 110.0
+        progress("first", 5, 5)
+        assert progress.remaining() == pytest.approx(30.0)
+        clock[0] = 125.0
+        progress("second", 1, 2)
+        assert progress.remaining() == pytest.approx(15.0)
+    assert progress.seconds == {"first": 10.0, "second": 15.0}
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59.6, 200, 3900)] == ["0 s", "1 min 00 s", "3 min 20 s", "1 h 05 min"]
