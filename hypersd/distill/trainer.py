@@ -95,7 +95,8 @@ class Trainer:
 
     def _wrap(self, unet: torch.nn.Module) -> Backbone:
         train, lora = self.recipe.train, self.recipe.lora
-        unet.to(dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # not unet.to(): that of diffusers warns about every cast
+        torch.nn.Module.to(unet, dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)
         backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
         if train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()

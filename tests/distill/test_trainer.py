@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hypersd import files
+from hypersd.distill.data import LatentDataset
+from hypersd.distill.recipe import Recipe, parse_recipe
+from hypersd.distill.trainer import Trainer
+from hypersd.errors import HypersdError
+from hypersd.models.backbone import Backbone
+from hypersd.models.export import load_lora
+from tests.distill import toy
+
+
+def recipe(*segments: int, iterations: int = 4, train: dict[str, Any] | None = None, **options: Any) -> Recipe:
+    stages = [{"method": "tscd", "segments": k, "iterations": iterations} | options for k in segments]
+    base = {"batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3}
+    return parse_recipe({"train": base | (train or {}), "lora": {"rank": 4, "alpha": 4.0}, "stages": stages})
+
+
+def latents(count: int = 12, width: int = 32) -> LatentDataset:
+    g = torch.Generator().manual_seed(9)
+    cond = {"encoder_hidden_states": torch.randn(count, 16, width, generator=g)}
+    uncond = {"encoder_hidden_states": torch.randn(1, 16, width, generator=g)}
+    return LatentDataset([{"latents": torch.randn(count, 4, 16, 16, generator=g), **cond}], ["x"] * count, uncond)
+
+
+def trainer(unet: torch.nn.Module, r: Recipe, out: Path, **options: Any) -> Trainer:
+    return Trainer(r, SimpleNamespace(unet=unet, scheduler_config=toy.SCHEDULER), latents(), out, **options)
+
+
+def toy_trainer(r: Recipe, out: Path, **options: Any) -> Trainer:
+    return Trainer(r, toy.COMPONENTS, toy.dataset(500), out, backbone=toy.Mixture(16), **options)
+
+
+def weights(backbone: Any, role: str = "ema") -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in backbone.role_parameters(role).items()}
+
+
+def losses(out: Path) -> list[tuple[int, int, float, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["index"], row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(stage: str, step: int) -> Any:
+    def progress(name: str, done: int, total: int, loss: float) -> None:
+        if (name, done) == (stage, step):
+            raise Stop
+
+    return progress
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for role in ("student", "ema"):
+        one, two = weights(a, role), weights(b, role)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("tscd-4", 4), ("tscd-2", 5)])
+def test_resume_gives_the_bits_of_an_unbroken_run(tiny_unet: Any, tmp_path: Path, stage: str, step: int) -> None:
+    """Killed without a word between two checkpoints, also in a stage whose teacher is the stage before."""
+    r = recipe(4, 2, iterations=6, teacher="previous_stage", grid=16, train={"accumulation": 2})
+    nets = [tiny_unet, copy.deepcopy(tiny_unet), copy.deepcopy(tiny_unet)]
+    whole = trainer(nets[0], r, tmp_path / "whole").run()
+    with pytest.raises(Stop):
+        trainer(nets[1], r, tmp_path / "cut", progress=stop_at(stage, step)).run()
+    resumed = trainer(nets[2], r, tmp_path / "cut").run(resume=True)
+    assert_same(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 12
+    for name in ("lora-4step", "lora-2step", "lora"):
+        a, b = (load_lora(tmp_path / run / f"{name}.safetensors") for run in ("whole", "cut"))
+        assert a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def test_resume_of_a_finished_run_trains_nothing(tmp_path: Path) -> None:
+    r = recipe(2, 1)
+    done = toy_trainer(r, tmp_path).run()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert_same(done, toy_trainer(r, tmp_path).run(resume=True))
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(tmp_path: Path, number: int) -> None:
+    r = recipe(2, 1, iterations=8, train={"checkpoint_every": 100})
+
+    def progress(name: str, done: int, total: int, loss: float) -> None:
+        if (name, done) == ("tscd-1", 2):
+            os.kill(os.getpid(), number)  # handled before the next step's end
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(HypersdError, match="stopped in stage tscd-1 after step [23]; the state is saved"):
+        toy_trainer(r, tmp_path / "cut", progress=progress).run()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same(toy_trainer(r, tmp_path / "cut").run(resume=True), toy_trainer(r, tmp_path / "whole").run())
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    r = recipe(2)
+    with pytest.raises(HypersdError, match="no checkpoint"):
+        toy_trainer(r, tmp_path).run(resume=True)
+    toy_trainer(r, tmp_path).run()
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(HypersdError, match="damaged or cut short"):
+        toy_trainer(r, tmp_path).run(resume=True)
+    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    with pytest.raises(HypersdError, match="checksum"):
+        toy_trainer(r, tmp_path).run(resume=True)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(HypersdError, match="not a checkpoint"):
+        toy_trainer(r, tmp_path).run(resume=True)
+    path.write_bytes(whole)
+    with pytest.raises(HypersdError, match="made with train.learning_rate = 0.001, the recipe says 0.002") as caught:
+        toy_trainer(recipe(2, train={"learning_rate": 2e-3}), tmp_path).run(resume=True)
+    assert caught.value.exit_code == 2
+    with pytest.raises(HypersdError, match="of another model"):
+        Trainer(r, toy.COMPONENTS, toy.dataset(500), tmp_path, backbone=toy.Mixture(8)).run(resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = recipe(2, iterations=7)
+    written = []
+
+    def full_later(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_later)
+    with pytest.raises(HypersdError, match="No space left"):
+        toy_trainer(r, tmp_path / "cut").run()
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert_same(toy_trainer(r, tmp_path / "cut").run(resume=True), toy_trainer(r, tmp_path / "whole").run())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    r = recipe(2, iterations=9)
+    broken = toy_trainer(r, tmp_path)
+    forward = broken.backbone.forward
+
+    def poison(x_t: Any, timestep: Any, cond: Any, *, role: str = "base") -> Any:
+        m = forward(x_t, timestep, cond, role=role)
+        return m * torch.nan if broken.step == 5 else m
+
+    broken.backbone.forward = poison
+    with pytest.raises(HypersdError, match="stage tscd-2, step 5: the loss is nan"):
+        broken.run()
+    assert all(p.isfinite().all() for p in weights(broken.backbone, "student").values())
+    assert len(losses(tmp_path)) == 5
+    assert_same(toy_trainer(r, tmp_path).run(resume=True), toy_trainer(r, tmp_path / "whole").run())
+
+
+def test_ema_and_optimizer_follow_the_recipe(tmp_path: Path) -> None:
+    """Three steps recomputed: warm-up, clipping, AdamW with decay, EMA."""
+    train = {"ema_decay": 0.8, "warmup": 4, "clip": 0.05, "weight_decay": 0.1, "betas": [0.8, 0.9], "accumulation": 2}
+    t = toy_trainer(recipe(2, iterations=3, train=train), tmp_path)
+    start = weights(t.backbone)
+    history, grads, inner = [start], [], t._optimizer_step
+
+    def record(method: Any) -> Any:
+        result = inner(method)
+        grads.append({k: p.grad.clone() for k, p in t.parameters.items()})  # clipped by now
+        history.append(weights(t.backbone, "student"))
+        return result
+
+    t._optimizer_step = record  # type: ignore[method-assign]
+    t.run()
+    ema, m, v, w = start, *({k: torch.zeros_like(p) for k, p in start.items()} for _ in range(2)), start
+    for step, grad in enumerate(grads, 1):
+        norm = torch.sqrt(sum((g**2).sum() for g in grad.values()))  # type: ignore[arg-type]
+        assert norm < 0.0501
+        lr = 1e-3 * step / 4
+        for k, g in grad.items():
+            m[k], v[k] = 0.8 * m[k] + 0.2 * g, 0.9 * v[k] + 0.1 * g**2
+            update = (m[k] / (1 - 0.8**step)) / ((v[k] / (1 - 0.9**step)).sqrt() + 1e-8)
+            w = w | {k: w[k] * (1 - lr * 0.1) - lr * update}
+        torch.testing.assert_close(history[step], w, rtol=1e-4, atol=1e-7)
+        ema = {k: 0.8 * ema[k] + 0.2 * history[step][k] for k in ema}
+    torch.testing.assert_close(weights(t.backbone), ema)
+
+
+def test_stages_hand_over_from_the_ema(tmp_path: Path) -> None:
+    t = toy_trainer(recipe(4, 2, teacher="previous_stage", grid=16), tmp_path)
+    ends: dict[str, Any] = {}
+    begins: list[dict[str, Any]] = []
+    begin = t._begin_stage
+
+    def record() -> Any:
+        ends.update(weights(t.backbone, "ema"))
+        method = begin()
+        begins.append({role: weights(t.backbone, role) for role in ("student", "ema")} | {"end": dict(ends)})
+        return method
+
+    t._begin_stage = record  # type: ignore[method-assign]
+    backbone = t.run()
+    second = begins[1]
+    assert all(torch.equal(second["student"][k], second["end"][k]) for k in second["end"])
+    assert all(torch.equal(weights(backbone, "previous")[k], second["end"][k]) for k in second["end"])
+    roles = {role for role, _ in backbone.calls}
+    assert roles == {"base", "student", "ema", "previous"}
+    half = len(backbone.calls) // 2
+    assert "previous" not in {role for role, _ in backbone.calls[: half - 1]}
+    assert "base" not in {role for role, _ in backbone.calls[half + 1 :]}  # the second stage never asks the base
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    from tests.conftest import make_unet
+
+    grads = []
+    for checkpointing in (False, True):
+        r = recipe(4, iterations=1, train={"gradient_checkpointing": checkpointing, "clip": 1e9})
+        t = trainer(make_unet(), r, tmp_path / str(checkpointing))
+        g = torch.Generator().manual_seed(3)
+        with torch.no_grad():  # an adapter that does something, and a target that differs from it
+            for role in ("student", "ema"):
+                for p in t.backbone.role_parameters(role).values():
+                    p.add_(0.02 * torch.randn(p.shape, generator=g))
+        t.run()
+        grads.append({k: p.grad for k, p in t.parameters.items()})
+    assert grads[0].keys() == grads[1].keys() and max(g.abs().max() for g in grads[0].values()) > 1e-5
+    for k in grads[0]:
+        torch.testing.assert_close(grads[0][k], grads[1][k], rtol=1e-4, atol=1e-8)
+
+
+def test_exports_and_bfloat16(tiny_unet: Any, tmp_path: Path) -> None:
+    r = recipe(2, 1, iterations=2, train={"dtype": "bfloat16"})
+    backbone = trainer(tiny_unet, r, tmp_path).run()
+    assert isinstance(backbone, Backbone) and backbone.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in weights(backbone).values())
+    state, metadata = load_lora(tmp_path / "lora.safetensors")
+    assert metadata["solver"] == "tcd" and metadata["rank"] == "4"
+    expected = backbone.lora_state_dict("ema")
+    assert all(torch.equal(state[k], expected[k]) for k in expected)
+    two, metadata = load_lora(tmp_path / "lora-2step.safetensors")
+    assert metadata["steps"] == "2" and any(not torch.equal(two[k], state[k]) for k in two)
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone(tiny_unet: Any, tmp_path: Path) -> None:
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    t = trainer(tiny_unet, recipe(1, iterations=1), tmp_path)
+    t.run()
+    assert torch.equal(torch.get_rng_state(), state)
+    results = []
+    for seed in (0, 0, 1):
+        results.append(weights(toy_trainer(recipe(1, train={"seed": seed}), tmp_path / str(len(results))).run()))
+    # the toy adapter draws its start from the seed too
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert any(not torch.equal(results[0][k], results[2][k]) for k in results[0])
