@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
   m.impl("affine_step", TORCH_BOX(&hypersd::affine_step));
   m.impl("_affine_step", TORCH_BOX(&hypersd::affine_step));
 
-  // affine_step_backward(Tensor grad, Tensor coef, int term) -> Tensor
+  // affine_step_backward(Tensor grad, Tensor coef, int needed) -> Tensor[]
   m.impl("affine_step_backward", TORCH_BOX(&hypersd::affine_step_backward));
 
   // consistency_loss(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef, Tensor? weight, int kind, float c, bool mean, bool with_slope) -> (Tensor, Tensor)

@@ -7,12 +7,12 @@ namespace {
 struct Problem {
   int terms;                // tensors present, x first
   const char* data[5];
-  ScalarType type[5];
+  Type type[5];
   int column[5];            // the coefficient of each
   const Coefficients* coef;
   int64_t width;
   char* out;
-  ScalarType out_type;
+  Type out_type;
 };
 
 template <class C, int N>
@@ -66,60 +66,100 @@ HYPERSD_INLINE void combine_double_body(const Problem& p, int64_t begin, int64_t
 HYPERSD_KERNEL(combine_float, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
 HYPERSD_KERNEL(combine_double, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
 
-// The sum over the tensors given (never x == nullptr), coefficient columns by position; null tensors are left out.
-Tensor combine_all(const Tensor* const* tensors, const char* const* names, const int* columns, int given,
-                   const Coefficients& coef, ScalarType out_type) {
-  const Tensor& x = *tensors[0];
-  const View shape(x);
-  STD_TORCH_CHECK(shape.dim > 0, names[0], ": expected a batch dimension");
-  Output output(x, shape, coef.rows > 1);
-  const View layout(output.work);
-  Tensor kept[5];
-  Problem p{0, {}, {}, {}, &coef, coef.rows > 1 ? shape.numel / coef.rows : shape.numel, layout.data, out_type};
-  bool wide = out_type == ScalarType::Double;
-  for (int j = 0; j < given; ++j) {
-    if (!tensors[j]) continue;
-    const View view(*tensors[j]);
-    STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of ", names[0]);
-    STD_TORCH_CHECK(is_floating(view.type), names[j], ": not a floating-point tensor");
-    STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
-    kept[j] = matched(*tensors[j], view, layout);
-    p.data[p.terms] = static_cast<const char*>(kept[j].data_ptr());
-    p.type[p.terms] = view.type;
-    p.column[p.terms++] = columns[j];
-    wide = wide || view.type == ScalarType::Double;
-  }
-  if (shape.numel > 0) {
-    if (shape.numel <= kGrain) {
-      wide ? combine_double(p, 0, shape.numel) : combine_float(p, 0, shape.numel);
-    } else {
-      torch::stable::parallel_for(0, shape.numel, kGrain, [&](int64_t begin, int64_t end) {
-        wide ? combine_double(p, begin, end) : combine_float(p, begin, end);
-      });
+struct Gradients {
+  const char* grad;
+  Type type;
+  const Coefficients* coef;
+  int64_t width;
+  int outputs;
+  int column[5];
+  char* out[5];
+};
+
+// Reads the gradient once and writes all that are needed, chunk by chunk.
+template <class C>
+HYPERSD_INLINE void scale_range_body(const Gradients& p, int64_t begin, int64_t end) {
+  alignas(64) C buffer[2][kChunk];
+  while (begin < end) {
+    const int64_t row = begin / p.width, row_end = (row + 1) * p.width, stop = row_end < end ? row_end : end;
+    for (; begin < stop; begin += kChunk) {
+      const int64_t count = stop - begin < kChunk ? stop - begin : kChunk;
+      const C* HYPERSD_RESTRICT in = load<C>(p.grad, p.type, begin, count, buffer[0]);
+      for (int j = 0; j < p.outputs; ++j) {
+        const C k = static_cast<C>(p.coef->at(row, p.column[j]));
+        C* HYPERSD_RESTRICT out = target<C>(p.out[j], p.type, begin, buffer[1]);
+        for (int64_t i = 0; i < count; ++i) out[i] = k * in[i];
+        store<C>(p.out[j], p.type, begin, count, out);
+      }
     }
+    begin = stop;
   }
-  return output.finish();
 }
+HYPERSD_INLINE void scale_float_body(const Gradients& p, int64_t begin, int64_t end) {
+  scale_range_body<float>(p, begin, end);
+}
+HYPERSD_INLINE void scale_double_body(const Gradients& p, int64_t begin, int64_t end) {
+  scale_range_body<double>(p, begin, end);
+}
+HYPERSD_KERNEL(scale_float, (const Gradients& p, int64_t begin, int64_t end), (p, begin, end))
+HYPERSD_KERNEL(scale_double, (const Gradients& p, int64_t begin, int64_t end), (p, begin, end))
 
 }  // namespace
 
 Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor> eps_uncond,
                    std::optional<Tensor> history, std::optional<Tensor> noise) {
   static const char* const names[5] = {"x", "eps_cond", "eps_uncond", "history", "noise"};
-  static const int columns[5] = {0, 1, 2, 3, 4};
   const auto given = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
   const Tensor* tensors[5] = {&x, &eps_cond, given(eps_uncond), given(history), given(noise)};
-  const Coefficients k(coef, "coef", x.dim() ? x.size(0) : 1, 5);
-  return combine_all(tensors, names, columns, 5, k, x.scalar_type());
+  const View shape(x);
+  STD_TORCH_CHECK(shape.dim > 0, "x: expected a batch dimension");
+  const Coefficients k(coef, "coef", shape.size[0], 5);
+  Output output(x, shape, k.rows > 1);
+  const View layout(output.work);
+  Tensor kept[5];
+  Problem p{0, {}, {}, {}, &k, shape.numel / k.rows, layout.data, layout.type};
+  bool wide = false;
+  for (int j = 0; j < 5; ++j) {
+    if (!tensors[j]) continue;
+    const View view(*tensors[j]);
+    STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of x");
+    STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
+    STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
+    kept[j] = matched(*tensors[j], view, layout);
+    p.data[p.terms] = data_of(kept[j]);
+    p.type[p.terms] = view.type;
+    p.column[p.terms++] = j;
+    wide = wide || view.type == Type::float64;
+  }
+  over_elements(shape.numel, [&](int64_t begin, int64_t end) {
+    wide ? combine_double(p, begin, end) : combine_float(p, begin, end);
+  });
+  return output.finish();
 }
 
-// The gradient of the tensor with coefficient `term`: k[term] grad, per sample.
-Tensor affine_step_backward(Tensor grad, Tensor coef, int64_t term) {
-  static const char* const names[1] = {"grad"};
-  const int columns[1] = {static_cast<int>(term)};
-  const Tensor* tensors[1] = {&grad};
-  const Coefficients k(coef, "coef", grad.dim() ? grad.size(0) : 1, 5);
-  return combine_all(tensors, names, columns, 1, k, grad.scalar_type());
+// d out / d tensor_j = k_j: one output per bit j of `needed`, in order.
+std::vector<Tensor> affine_step_backward(Tensor grad, Tensor coef, int64_t needed) {
+  const View shape(grad);
+  STD_TORCH_CHECK(shape.dim > 0 && shape.type != Type::other, "grad: expected a floating-point batch");
+  const Coefficients k(coef, "coef", shape.size[0], 5);
+  std::vector<Output> outputs;
+  outputs.reserve(5);
+  Gradients p{nullptr, shape.type, &k, shape.numel / k.rows, 0, {}, {}};
+  for (int j = 0; j < 5; ++j) {
+    if (!(needed >> j & 1)) continue;
+    outputs.emplace_back(grad, shape, k.rows > 1);
+    p.out[p.outputs] = data_of(outputs.back().work);
+    p.column[p.outputs++] = j;
+  }
+  std::vector<Tensor> result;
+  if (outputs.empty()) return result;
+  const Tensor kept = matched(grad, shape, View(outputs[0].work));
+  p.grad = data_of(kept);
+  over_elements(shape.numel, [&](int64_t begin, int64_t end) {
+    shape.type == Type::float64 ? scale_double(p, begin, end) : scale_float(p, begin, end);
+  });
+  for (Output& output : outputs) result.push_back(output.finish());
+  return result;
 }
 
 }  // namespace hypersd

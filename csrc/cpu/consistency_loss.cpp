@@ -12,42 +12,51 @@ enum Kind : int64_t { mse = 0, huber = 1, pseudo_huber = 2, l1 = 3 };
 
 struct Problem {
   const char* data[4];  // x_t, eps_student, x_s, eps_target
-  ScalarType type[4];
+  Type type[4];
   const Coefficients* coef;
   int64_t width, chunks;  // elements and chunks of one sample
   int64_t kind;
   double c;
   double* partial;  // one sum per chunk: the order of addition does not depend on the number of threads
   char* slope;      // null: not wanted
-  ScalarType slope_type;
+  Type slope_type;
 };
 
-template <class C>
+// Losses into `rho`, p1 rho'(d) into `slope` when wanted.
+template <class C, bool Slope>
 HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_RESTRICT d, C* HYPERSD_RESTRICT rho,
                                   C* HYPERSD_RESTRICT slope, int64_t count) {
   switch (kind) {
     case mse:
-      for (int64_t i = 0; i < count; ++i) rho[i] = d[i] * d[i], slope[i] = p1 * (2 * d[i]);
+      for (int64_t i = 0; i < count; ++i) rho[i] = d[i] * d[i];
+      if (Slope)
+        for (int64_t i = 0; i < count; ++i) slope[i] = p1 * (2 * d[i]);
       break;
     case huber:
       for (int64_t i = 0; i < count; ++i) {
         const C size = d[i] < 0 ? -d[i] : d[i], inner = C(0.5) * d[i] * d[i], outer = c * (size - C(0.5) * c);
         rho[i] = size <= c ? inner : outer;
-        slope[i] = p1 * (size <= c ? d[i] : d[i] < 0 ? -c : c);
+        if (Slope) slope[i] = p1 * (size <= c ? d[i] : d[i] < 0 ? -c : c);
       }
       break;
-    case pseudo_huber:  // sqrt(d^2 + c^2) - c, written so that small d do not cancel
+    case pseudo_huber:
+      // sqrt(d^2 + c^2) - c = d^2 / (root + c), which does not cancel for small d. With a slope, one division serves
+      // both: 1 / (root (root + c)).
       for (int64_t i = 0; i < count; ++i) {
-        const C root = std::sqrt(d[i] * d[i] + c * c);
-        rho[i] = d[i] * d[i] / (root + c);
-        slope[i] = p1 * (d[i] / root);
+        const C square = d[i] * d[i], root = std::sqrt(square + c * c);
+        if (Slope) {
+          const C inverse = 1 / (root * (root + c));
+          rho[i] = square * root * inverse;
+          slope[i] = p1 * (d[i] * ((root + c) * inverse));
+        } else {
+          rho[i] = square / (root + c);
+        }
       }
       break;
     default:
-      for (int64_t i = 0; i < count; ++i) {
-        rho[i] = d[i] < 0 ? -d[i] : d[i];
-        slope[i] = p1 * (d[i] > 0 ? C(1) : d[i] < 0 ? C(-1) : d[i]);
-      }
+      for (int64_t i = 0; i < count; ++i) rho[i] = d[i] < 0 ? -d[i] : d[i];
+      if (Slope)
+        for (int64_t i = 0; i < count; ++i) slope[i] = p1 * (d[i] > 0 ? C(1) : d[i] < 0 ? C(-1) : d[i]);
   }
 }
 
@@ -79,9 +88,13 @@ HYPERSD_INLINE void loss_chunks_body(const Problem& p, int64_t begin, int64_t en
     C* HYPERSD_RESTRICT d = buffer[4];
     for (int64_t i = 0; i < count; ++i) d[i] = (p0 * x_t[i] + p1 * eps_student[i]) - (q0 * x_s[i] + q1 * eps_target[i]);
     C* rho = buffer[5];
-    C* slope = p.slope ? target<C>(p.slope, p.slope_type, offset, buffer[0]) : buffer[0];
-    rho_and_slope<C>(p.kind, static_cast<C>(p.c), p1, d, rho, slope, count);
-    if (p.slope) store<C>(p.slope, p.slope_type, offset, count, slope);
+    if (p.slope) {
+      C* slope = target<C>(p.slope, p.slope_type, offset, buffer[0]);
+      rho_and_slope<C, true>(p.kind, static_cast<C>(p.c), p1, d, rho, slope, count);
+      store<C>(p.slope, p.slope_type, offset, count, slope);
+    } else {
+      rho_and_slope<C, false>(p.kind, static_cast<C>(p.c), p1, d, rho, nullptr, count);
+    }
     p.partial[index] = sum<C>(rho, count);
   }
 }
@@ -93,7 +106,7 @@ HYPERSD_KERNEL(loss_double, (const Problem& p, int64_t begin, int64_t end), (p, 
 struct Scaling {
   const char* in;
   char* out;
-  ScalarType type;
+  Type type;
   int64_t width;
   const Vector *upstream, *weight;
   double inverse_count;
@@ -146,28 +159,27 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
   for (int j = 0; j < 4; ++j) {
     const View view(*tensors[j]);
     STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of eps_student");
-    STD_TORCH_CHECK(is_floating(view.type), names[j], ": not a floating-point tensor");
+    STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
     STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
     kept[j] = matched(*tensors[j], view, layout);
-    p.data[j] = static_cast<const char*>(kept[j].data_ptr());
+    p.data[j] = data_of(kept[j]);
     p.type[j] = view.type;
-    wide = wide || view.type == ScalarType::Double;
+    wide = wide || view.type == Type::float64;
   }
   const int64_t total = batch * p.chunks;
   std::vector<double> partial(total);
   p.partial = partial.data();
   const auto run = [&](int64_t begin, int64_t end) { wide ? loss_double(p, begin, end) : loss_float(p, begin, end); };
-  constexpr int64_t grain = kGrain / kChunk;
   if (shape.numel <= kGrain) {
     run(0, total);
   } else {
-    torch::stable::parallel_for(0, total, p.width < kChunk ? kGrain / p.width : grain, run);
+    torch::stable::parallel_for(0, total, kGrain / (p.width < kChunk ? p.width : kChunk), run);
   }
 
   const int64_t one = 1;
   View loss_shape = shape;
   loss_shape.dim = mean ? 0 : 1;
-  Tensor loss = empty_strided(loss_shape, &one, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor loss = empty_strided(loss_shape, &one, wide ? Type::float64 : Type::float32);
   const auto write = [&](int64_t index, double value) {
     if (wide) static_cast<double*>(loss.data_ptr())[index] = value;
     else static_cast<float*>(loss.data_ptr())[index] = static_cast<float>(value);
@@ -199,15 +211,11 @@ Tensor consistency_loss_backward(Tensor slope, Tensor upstream, std::optional<Te
   if (weight) w.emplace(*weight, "weight", batch);
   const int64_t width = batch ? shape.numel / batch : 0;
   const Vector u(upstream, "upstream", batch);
-  const Scaling p{static_cast<const char*>(kept.data_ptr()), layout.data, shape.type, width, &u, w ? &*w : nullptr,
+  const Scaling p{data_of(kept), layout.data, shape.type, width, &u, w ? &*w : nullptr,
                   1.0 / (mean ? shape.numel : width)};
-  const bool wide = shape.type == ScalarType::Double;
+  const bool wide = shape.type == Type::float64;
   const auto run = [&](int64_t begin, int64_t end) { wide ? scale_double(p, begin, end) : scale_float(p, begin, end); };
-  if (shape.numel <= kGrain) {
-    if (shape.numel) run(0, shape.numel);
-  } else {
-    torch::stable::parallel_for(0, shape.numel, kGrain, run);
-  }
+  over_elements(shape.numel, run);
   return output.finish();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "rows.h"
 
@@ -9,7 +10,7 @@ namespace hypersd {
 
 Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor> eps_uncond,
                    std::optional<Tensor> history, std::optional<Tensor> noise);
-Tensor affine_step_backward(Tensor grad, Tensor coef, int64_t term);
+std::vector<Tensor> affine_step_backward(Tensor grad, Tensor coef, int64_t needed);
 
 std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef,
                                             std::optional<Tensor> weight, int64_t kind, double c, bool mean,

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <cstring>
@@ -15,15 +14,29 @@
 
 namespace hypersd {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 1024;         // elements converted and computed at a time: buffers stay in the first cache
-constexpr int64_t kGrain = 32 * kChunk;  // elements below which a second thread costs more than it gives
+constexpr int64_t kGrain = 64 * kChunk;  // elements below which waking a second thread costs more than it gives
 
-inline bool is_floating(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-         type == ScalarType::Double;
+enum class Type : int { float64, float32, float16, bfloat16, other };
+
+// torch's dtype codes, asked for once: the stable ABI gives them by function, and asking costs as much as a small kernel.
+struct TypeCodes {
+  int32_t code[4] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_float16(),
+                     aoti_torch_dtype_bfloat16()};
+};
+inline const TypeCodes& type_codes() {
+  static const TypeCodes codes;
+  return codes;
+}
+inline Type type_of(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  const TypeCodes& known = type_codes();
+  for (int i = 0; i < 4; ++i)
+    if (known.code[i] == code) return static_cast<Type>(i);
+  return Type::other;
 }
 
 // Sizes, strides and memory of a tensor, borrowed: valid while the tensor lives.
@@ -32,11 +45,11 @@ struct View {
   const int64_t* stride;
   int64_t dim;
   int64_t numel;
-  ScalarType type;
+  Type type;
   char* data;
 
   explicit View(const Tensor& t)
-      : size(t.sizes().data()), stride(t.strides().data()), dim(t.dim()), numel(t.numel()), type(t.scalar_type()),
+      : size(t.sizes().data()), stride(t.strides().data()), dim(t.dim()), numel(t.numel()), type(type_of(t)),
         data(static_cast<char*>(t.data_ptr())) {}
 
   bool same_size(const View& o) const {
@@ -67,15 +80,24 @@ struct View {
   }
 };
 
-inline Tensor empty_strided(const View& like, const int64_t* stride, ScalarType type) {
-  int32_t code = type == ScalarType::Float    ? aoti_torch_dtype_float32()
-                 : type == ScalarType::Double ? aoti_torch_dtype_float64()
-                 : type == ScalarType::Half   ? aoti_torch_dtype_float16()
-                                              : aoti_torch_dtype_bfloat16();
+inline Tensor empty_strided(const View& like, const int64_t* stride, Type type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(like.dim, like.size, stride, code, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(
+      like.dim, like.size, stride, type_codes().code[static_cast<int>(type)], aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline char* data_of(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
+
+// Calls run(begin, end) over all elements, in parallel where that pays.
+template <class F>
+inline void over_elements(int64_t count, const F& run) {
+  if (count > kGrain) {
+    torch::stable::parallel_for(0, count, kGrain, run);
+  } else if (count > 0) {
+    run(0, count);
+  }
 }
 
 // An output like `x`, and how to walk it. `layout` is the output itself, or a contiguous stand-in copied back at the end
@@ -118,11 +140,11 @@ struct Numbers {
 
   Numbers(const Tensor& t, const char* name) : view(t) {
     STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-    STD_TORCH_CHECK(view.type == ScalarType::Double || view.type == ScalarType::Float, name,
+    STD_TORCH_CHECK(view.type == Type::float64 || view.type == Type::float32, name,
                     ": expected float64 or float32");
   }
   double read(int64_t offset) const {
-    return view.type == ScalarType::Double ? reinterpret_cast<const double*>(view.data)[offset]
+    return view.type == Type::float64 ? reinterpret_cast<const double*>(view.data)[offset]
                                            : reinterpret_cast<const float*>(view.data)[offset];
   }
 };
@@ -191,24 +213,24 @@ template <class C>
 struct TypeOf;
 template <>
 struct TypeOf<float> {
-  static constexpr ScalarType value = ScalarType::Float;
+  static constexpr Type value = Type::float32;
 };
 template <>
 struct TypeOf<double> {
-  static constexpr ScalarType value = ScalarType::Double;
+  static constexpr Type value = Type::float64;
 };
 
 // `count` elements from `offset` on as C: in place when they are C already, else converted into `buffer`.
 template <class C>
-HYPERSD_INLINE const C* load(const char* data, ScalarType type, int64_t offset, int64_t count, C* HYPERSD_RESTRICT buffer) {
+HYPERSD_INLINE const C* load(const char* data, Type type, int64_t offset, int64_t count, C* HYPERSD_RESTRICT buffer) {
   if (type == TypeOf<C>::value) return reinterpret_cast<const C*>(data) + offset;
-  if (type == ScalarType::BFloat16) {
+  if (type == Type::bfloat16) {
     const uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<const uint16_t*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) buffer[i] = from_bfloat16(p[i]);
-  } else if (type == ScalarType::Half) {
+  } else if (type == Type::float16) {
     const uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<const uint16_t*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) buffer[i] = from_half(p[i]);
-  } else if (type == ScalarType::Float) {
+  } else if (type == Type::float32) {
     const float* HYPERSD_RESTRICT p = reinterpret_cast<const float*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<C>(p[i]);
   } else {
@@ -220,16 +242,16 @@ HYPERSD_INLINE const C* load(const char* data, ScalarType type, int64_t offset, 
 
 // Where to compute `count` elements: in place when the output is C, else in `buffer`, for `store` to convert.
 template <class C>
-HYPERSD_INLINE C* target(char* data, ScalarType type, int64_t offset, C* buffer) {
+HYPERSD_INLINE C* target(char* data, Type type, int64_t offset, C* buffer) {
   return type == TypeOf<C>::value ? reinterpret_cast<C*>(data) + offset : buffer;
 }
 template <class C>
-HYPERSD_INLINE void store(char* data, ScalarType type, int64_t offset, int64_t count, const C* HYPERSD_RESTRICT buffer) {
+HYPERSD_INLINE void store(char* data, Type type, int64_t offset, int64_t count, const C* HYPERSD_RESTRICT buffer) {
   if (type == TypeOf<C>::value) return;
-  if (type == ScalarType::BFloat16) {
+  if (type == Type::bfloat16) {
     uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<uint16_t*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) p[i] = to_bfloat16(static_cast<float>(buffer[i]));
-  } else if (type == ScalarType::Half) {
+  } else if (type == Type::float16) {
     uint16_t* HYPERSD_RESTRICT p = reinterpret_cast<uint16_t*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) p[i] = to_half(static_cast<float>(buffer[i]));
   } else {

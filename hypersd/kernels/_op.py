@@ -93,7 +93,7 @@ class Op:
             self._node = _make_node(self, run_backward)
         LIBRARY.impl(names[-1], torch.library.fallthrough_kernel, "Autograd")
         self.compiled = getattr(torch.ops.hypersd, self.name).default
-        self.raw = getattr(torch.ops.hypersd, names[-1]).default
+        self.raw = getattr(torch.ops.hypersd, names[-1]).default._op  # the C++ callable inside: 0.3 us less a call
 
     def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -110,8 +110,10 @@ class Op:
             return self._run_forced(*args)
         try:
             if self.backward and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return self._take(self._node.apply(*args))
-            return self._take(self.raw(*args))
+                output = self._node.apply(*args)
+            else:
+                output = self.raw(*args)
+            return self.result(output) if self.result else output
         except RuntimeError:
             self.check(*args)  # C++ knows only RuntimeError: say it with the argument's name where we can
             raise

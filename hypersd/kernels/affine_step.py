@@ -169,10 +169,10 @@ def _triton(x: Tensor, eps_cond: Tensor, coef: Tensor, *others: Tensor | None) -
     return _launch((x, eps_cond, *others), coef)
 
 
-def _triton_backward(grad: Tensor, coef: Tensor, term: int) -> Tensor:
+def _triton_backward(grad: Tensor, coef: Tensor, needed: int) -> list[Tensor]:
     if grad.dtype == torch.float64:
-        return _reference_backward(grad, coef, term)
-    return _launch((grad, None, None, None, None), coef[..., term : term + 1])
+        return _reference_backward(grad, coef, needed)
+    return [_launch((grad, None, None, None, None), coef[..., j : j + 1]) for j in range(5) if needed >> j & 1]
 
 
 def _config(x: Tensor, eps_cond: Tensor, coef: Tensor, **others: Tensor | None) -> Config:
@@ -213,16 +213,17 @@ def _fake(x: Tensor, eps_cond: Tensor, coef: Tensor, *others: Tensor | None) -> 
     return torch.empty_like(x)
 
 
-def _reference_backward(grad: Tensor, coef: Tensor, term: int) -> Tensor:
+def _reference_backward(grad: Tensor, coef: Tensor, needed: int) -> list[Tensor]:
     work = _rows.work_dtype(grad)
-    return (_rows.per_row(coef, grad, work)[term] * grad.to(work)).to(grad.dtype)
+    k = _rows.per_row(coef, grad, work)
+    return [torch.empty_like(grad).copy_(k[j] * grad.to(work)) for j in range(5) if needed >> j & 1]
 
 
 BACKWARD = Op(
     "affine_step_backward",
-    "(Tensor grad, Tensor coef, int term) -> Tensor",
+    "(Tensor grad, Tensor coef, int needed) -> Tensor[]",
     reference=_reference_backward,
-    fake=lambda grad, coef, term: torch.empty_like(grad),
+    fake=lambda grad, coef, needed: [torch.empty_like(grad) for j in range(5) if needed >> j & 1],
     triton=_triton_backward,
     cpp=True,
 )
@@ -234,10 +235,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (coef,) = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    # d out / d tensor_i = k_i; the coefficients are constants.
-    grads = [BACKWARD.run(grad, coef, term) if needed[at] else None for term, at in enumerate((0, 1, 3, 4, 5))]
-    return (grads[0], grads[1], None, *grads[2:])
+    x, eps_cond, _, eps_uncond, history, noise = ctx.needs_input_grad
+    # d out / d tensor_j = k_j; the coefficients are constants
+    grads = iter(BACKWARD.run(grad, coef, x | eps_cond << 1 | eps_uncond << 2 | history << 3 | noise << 4))
+    return tuple(next(grads) if needed else None for needed in (x, eps_cond, False, eps_uncond, history, noise))
 
 
 OP = Op(
