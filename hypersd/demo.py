@@ -91,7 +91,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
         evaluation, features="emoji judge", samples=plan.samples, seconds=time.monotonic() - started,
         recipe=recipe.model_dump(mode="json"), seed=seed,
     )  # fmt: skip
-    atomic_write(out / "lora.safetensors", lambda path: _copy(training / "lora.safetensors", path))
+    atomic_write(out / "lora.safetensors", lambda path: shutil.copyfile(training / "lora.safetensors", path))
     timings = {name: seconds for name, seconds in progress.seconds.items() if not name.startswith("judge ")}
     timings["judging"] = sum(progress.seconds.values()) - sum(timings.values())
     write_report(
@@ -99,7 +99,3 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
         title="Emoji scenes in 1 to 8 steps", command=f"hypersd demo --budget {budget}", heldout=True,
     )  # fmt: skip
     return metrics
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)

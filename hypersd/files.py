@@ -10,7 +10,7 @@ from pathlib import Path
 from hypersd.errors import HypersdError
 
 
-def atomic_write(path: str | Path, write: Callable[[Path], None]) -> Path:
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call `write(temporary_path)`, flush it to disk and rename it to `path`.
 
     The temporary file lies in the target folder and keeps its suffix (some writers choose the format by it).
@@ -31,7 +31,8 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> Path:
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        raise HypersdError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        reason = error.strerror or error
+        raise HypersdError(f"cannot write {path}: {reason}; free space or choose another folder") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

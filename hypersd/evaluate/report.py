@@ -24,12 +24,12 @@ from hypersd.files import atomic_write
 if TYPE_CHECKING:
     from hypersd.evaluate.run import Evaluation
 
-PACKAGES = ("torch", "triton", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
+PACKAGES = ("triton", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
     """Version of hypersd, Python and the packages that numbers depend on; absent ones are left out."""
-    found = {"hypersd": __version__, "python": platform.python_version()}
+    found = {"hypersd": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -88,10 +88,10 @@ def write_report(
     charts = {name: curves(metrics, losses, theme) for name, theme in _THEMES.items()}
     page = render(metrics, grids, charts, timings=timings or {}, title=title, command=command, heldout=heldout)
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    atomic_write(folder / "grid.png", lambda path: _bytes(path, grids["light"]))
-    atomic_write(folder / "curves.png", lambda path: _bytes(path, charts["light"]))
-    atomic_write(folder / "metrics.json", lambda path: _bytes(path, text.encode()))
-    return atomic_write(folder / "report.html", lambda path: _bytes(path, page.encode()))
+    atomic_write(folder / "grid.png", lambda path: path.write_bytes(grids["light"]))
+    atomic_write(folder / "curves.png", lambda path: path.write_bytes(charts["light"]))
+    atomic_write(folder / "metrics.json", lambda path: path.write_text(text, "utf-8"))
+    return atomic_write(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
 
 _THEMES = {"light": LIGHT, "dark": DARK}
@@ -202,10 +202,6 @@ def _png(image: Any) -> bytes:
 
 def _uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def _bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def finite(value: Any) -> Any:
