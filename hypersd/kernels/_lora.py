@@ -80,11 +80,14 @@ def plan(
     device: str,
     need_x: bool = True,
     need_adapter: bool = True,
+    *,
+    full: bool = True,
 ) -> Plan:
     """The cheapest allowed forms: by the nearest measured row of this op, device type and dtype, else by arithmetic.
 
     y is never folded in 16 bit: W + scale b a, rounded, loses an update below half a unit of W. Nor is it accumulated,
     for the same reason. dX may fold: it is rounded to 16 bits anyway, and the error stays the plain expression's.
+    Without `full` that form is not taken.
     """
     name, sizes = str(dtype).removeprefix("torch."), {"M": m, "K": k, "N": n, "R": r}
 
@@ -99,7 +102,7 @@ def plan(
         us, provenance = analytic(m, k, n, r, device, dtype.itemsize), "analytic"
     forward = "split" if dtype in SIXTEEN_BIT else min(("split", "accumulate", "fold"), key=us.__getitem__)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
-    gradients = ("thin",) if dtype == torch.float16 else ("thin", "full")
+    gradients = ("thin", "full") if full and dtype != torch.float16 else ("thin",)
     best, chosen = math.inf, ("split", "thin")
     for dx in ("split", "accumulate", "fold") if need_x else ("split",):
         for adapter in gradients if need_adapter else ("thin",):

@@ -1,0 +1,342 @@
+"""Correctness first, then time: every provider of an operation is judged against float64, and only what passes is timed.
+
+Providers of one case run interleaved in one process, so that a busy machine slows all alike; figures are the 20th, 50th
+and 80th percentile of single calls, and the ratio of medians is what may be quoted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hypersd.kernels._cost import Cost, ceiling
+from hypersd.kernels._op import OPS, Op, use
+
+from .environment import environment
+
+OURS, EAGER = "hypersd", "eager"
+MIN_ROUNDS = 7
+
+
+@dataclass
+class Runner:
+    """One provider, ready to be called. `leaves` are the differentiable inputs, named as the op names them; `same` is
+    False where it computes something else on purpose (the layer without its adapter), as context for the others."""
+
+    call: Callable[[], Tensor]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    same: bool = True
+
+
+@dataclass
+class Result:
+    """One row."""
+
+    op: str
+    case: str
+    dtype: str
+    mode: str
+    provider: str
+    verdict: str
+    error: float | None
+    eager_error: float | None
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    rounds: int = 0
+    over_ours: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    of_roofline: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def green(self) -> bool:
+        return self.verdict != "red" and not self.verdict.startswith("red:")
+
+
+# ---- correctness ------------------------------------------------------------------------------------------------
+
+
+def outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
+    """y, and the gradients of all leaves under a fixed upstream gradient."""
+    with torch.set_grad_enabled(backward):
+        y = runner.call()
+    found = {"y": y.detach()}
+    if backward:
+        for leaf in runner.leaves.values():
+            leaf.grad = None
+        y.backward(_upstream(y))
+        found |= {name: leaf.grad for name, leaf in runner.leaves.items() if leaf.grad is not None}
+    return found
+
+
+def _upstream(y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+
+
+def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest relative L2 distance over y and the gradients; infinite for a missing or misshapen one, or a NaN."""
+    worst = 0.0
+    for name, truth in exact.items():
+        value = found.get(name)
+        if value is None or value.shape != truth.shape:
+            return float("inf")
+        distance = float((value.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+        worst = max(worst, distance if distance == distance else float("inf"))
+    return worst
+
+
+def verdict(own: float, eager: float, dtype: torch.dtype) -> str:
+    """Green when the error is at most twice eager's plus one rounding."""
+    limit = 2 * eager + torch.finfo(dtype).eps
+    return "green" if own <= limit else f"red: error {own:.1e}, allowed {limit:.1e}"
+
+
+# ---- time -------------------------------------------------------------------------------------------------------
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu") -> dict[str, list[float]]:
+    """Microseconds of single calls, the providers taking turns until `seconds` have passed."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for call in calls.values():
+        call()
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    stop = time.perf_counter() + seconds
+    while len(samples[order[0]]) < MIN_ROUNDS or time.perf_counter() < stop:
+        for name in order:
+            call = calls[name]
+            wait()
+            start = time.perf_counter_ns()
+            call()
+            wait()
+            samples[name].append((time.perf_counter_ns() - start) / 1e3)
+        order.append(order.pop(0))  # nobody always runs after the same neighbour
+    return samples
+
+
+def step(runner: Runner, backward: bool) -> Callable[[], None]:
+    """What is timed: the call, and with `backward` the gradients of all leaves, from none."""
+    if not backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                runner.call()
+
+        return forward
+    upstream = _upstream(runner.call())
+    leaves = list(runner.leaves.values())
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        runner.call().backward(upstream)
+
+    return both
+
+
+def percentiles(samples: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return round(p20, 2), round(statistics.median(ordered), 2), round(p80, 2)
+
+
+def compare(
+    name: str,
+    case: str,
+    dtype: torch.dtype,
+    mode: str,
+    exact: dict[str, Tensor],
+    runners: dict[str, Runner],
+    *,
+    seconds: float = 0.5,
+    cost: Cost | None = None,
+    device: str = "cpu",
+    yardstick: str = EAGER,
+) -> list[Result]:
+    """Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together."""
+    backward = mode == "full"
+    errors: dict[str, float] = {}
+    for provider, runner in runners.items():
+        with contextlib.suppress(RuntimeError, TypeError, ValueError) if provider != OURS else contextlib.nullcontext():
+            errors[provider] = error(outputs(runner, backward), exact) if runner.same else 0.0
+    eager = errors.get(yardstick, 0.0)
+    rows = []
+    for provider, runner in runners.items():
+        own = errors.get(provider)
+        said = "red: it failed" if own is None else verdict(own, eager, dtype) if runner.same else "other"
+        dtype_name = str(dtype).removeprefix("torch.")
+        rows.append(Result(name, case, dtype_name, mode, provider, said, own if runner.same else None, eager))
+    samples = interleaved({r.provider: step(runners[r.provider], backward) for r in rows if r.green}, seconds, device)
+    roof = ceiling(device)
+    for row in rows:
+        if row.provider in samples:
+            row.p20, row.p50, row.p80 = percentiles(samples[row.provider])
+            row.rounds = len(samples[row.provider])
+    ours = next((row.p50 for row in rows if row.provider == OURS), None)
+    for row in rows:
+        row.over_ours = round(row.p50 / ours, 3) if row.p50 and ours else None
+        if cost is not None and mode == "forward":
+            row.bytes, row.flops = cost.bytes, cost.flops
+            row.of_roofline = round(1e6 * roof.seconds(cost, dtype) / row.p50, 3) if roof and row.p50 else None
+    return rows
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+
+def schema_arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the public function hands to the reference for these inputs."""
+    seen: list[tuple[Any, ...]] = []
+    real, op.reference = op.reference, lambda *args: seen.append(args)
+    try:
+        with use("reference"):
+            op.function(**inputs)
+    finally:
+        op.reference = real
+    return seen[0]
+
+
+def with_leaves(op: Op, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inputs with fresh leaves in place of the differentiable ones."""
+    leaves = {
+        name: inputs[name].detach().clone().requires_grad_()
+        for name in op.differentiable
+        if inputs.get(name) is not None
+    }
+    return inputs | leaves, leaves
+
+
+def measure_op(
+    op: Op, *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
+) -> Iterable[list[Result]]:
+    """All bench cases of an operator, forward and (where differentiable) forward with backward."""
+    from .peers import runners_for
+
+    for case in op.cases:
+        if not case.bench or not case.name.startswith(shapes):
+            continue
+        for dtype in dtypes:
+            inputs = case.inputs(dtype, device)
+            wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+            for mode in ("forward", "full") if op.backward else ("forward",):
+                changed, leaves = with_leaves(op, wide)
+                exact = outputs(
+                    Runner(lambda changed=changed: op.reference(*schema_arguments(op, changed)), leaves), mode == "full"
+                )
+                runners = runners_for(op, inputs, peers)
+                cost = op.cost(**inputs) if op.cost else None
+                yield compare(
+                    op.name, case.name, dtype, mode, exact, runners, seconds=seconds, cost=cost, device=device
+                )
+
+
+# ---- reporting --------------------------------------------------------------------------------------------------
+
+
+def show(rows: list[Result], console: Console) -> None:
+    """One line a case: our median, and each provider's time over ours."""
+    providers = [p for p in dict.fromkeys(row.provider for row in rows) if p != OURS]
+    table = Table(title=rows[0].op, title_justify="left", box=None, pad_edge=False)
+    for column in ("case", "dtype", "mode", "error / eager's", f"{OURS} us"):
+        table.add_column(column, justify="left" if column in ("case", "dtype", "mode") else "right")
+    for provider in providers:
+        table.add_column(f"{provider} /", justify="right")
+    for group in _groups(rows):
+        ours = group[OURS]
+        cells = [ours.case, ours.dtype, ours.mode, _ratio_of_errors(ours)]
+        cells.append(
+            f"{ours.p50:.1f} ({ours.p20:.1f}-{ours.p80:.1f})" if ours.p50 is not None else f"[red]{ours.verdict}"
+        )
+        for provider in providers:
+            row = group.get(provider)
+            cells.append("" if row is None else f"{row.over_ours:.2f}" if row.over_ours else f"[red]{row.verdict[:4]}")
+        table.add_row(*cells)
+    console.print(table)
+    for provider in providers:
+        for mode in dict.fromkeys(row.mode for row in rows):
+            ratios = [r.over_ours for r in rows if r.provider == provider and r.mode == mode and r.over_ours]
+            if ratios:
+                console.print(
+                    f"  {provider} over {OURS}, {mode}: median {statistics.median(ratios):.2f}, least {min(ratios):.2f}, "
+                    f"most {max(ratios):.2f} of {len(ratios)}"
+                )
+
+
+def _groups(rows: list[Result]) -> list[dict[str, Result]]:
+    groups: dict[tuple[str, str, str], dict[str, Result]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.dtype, row.mode), {})[row.provider] = row
+    return list(groups.values())
+
+
+def _ratio_of_errors(row: Result) -> str:
+    if row.error is None or not row.eager_error:
+        return "-" if row.error is None else f"{row.error:.0e} / 0"
+    return f"{row.error / row.eager_error:.2f}"
+
+
+def write(rows: list[Result], path: Path, stamp: dict[str, Any]) -> None:
+    """Append one JSON line a row."""
+    with path.open("a") as file:
+        for row in rows:
+            entry = {key: value for key, value in vars(row).items() if key != "extra"}
+            file.write(json.dumps(entry | row.extra | stamp) + "\n")
+
+
+def main(
+    ops: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    json_path: Path | None = None,
+    shapes: str = "",
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    peers: Sequence[str] | None = None,
+    seconds: float = 0.5,
+    console: Console | None = None,
+) -> int:
+    """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
+    own rows is red, else 0; 2 for a name that is not known. `shapes` keeps the cases whose names start with it.
+    """
+    from . import sampler, tscd_step
+
+    console = console or Console()
+    others = {"sampler_step": sampler.measure, "tscd_step": tscd_step.measure}
+    names = list(ops) or [*OPS, "sampler_step"]
+    unknown = sorted(set(names) - set(OPS) - set(others))
+    wrong = [name for name in dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+    if unknown or wrong:
+        known = ", ".join([*OPS, *others])
+        console.print(f"no operator {unknown[0]}; known: {known}" if unknown else f"no dtype {wrong[0]}", style="red")
+        return 2
+    stamp = environment(device)
+    console.print(" ".join(f"{key}={value}" for key, value in stamp.items()), style="dim", soft_wrap=True)
+    kinds = [getattr(torch, name) for name in dtypes]
+    red = False
+    for name in names:
+        rows: list[Result] = []
+        options = {"device": device, "dtypes": kinds, "shapes": shapes, "peers": peers, "seconds": seconds}
+        for group in measure_op(OPS[name], **options) if name in OPS else others[name](**options):
+            rows += group
+            if json_path is not None:
+                write(group, json_path, stamp)
+        if rows:
+            show(rows, console)
+        red = red or any(row.provider == OURS and not row.green for row in rows)
+    return int(red)
