@@ -53,5 +53,6 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 def _checksum(tensors: dict[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        data = tensors[name].flatten().view(torch.uint8).numpy().data
+        value = zlib.crc32(data, zlib.crc32(name.encode(), value))
     return value

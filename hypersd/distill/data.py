@@ -183,7 +183,7 @@ class LatentDataset:
             uncond = {k: _narrow(v, dtype) for k, v in encode_null(components).items() if k != "time_ids"}
         atomic_write(folder / "uncond.safetensors", lambda path: save_file(uncond, path))
         index = json.dumps({"key": key, "shards": entries}, indent=1)
-        atomic_write(folder / "index.json", lambda path: path.write_text(index, "utf-8"))
+        atomic_write(folder / "index.json", lambda path: _write_text(path, index))
         return cls.open(folder)
 
     @classmethod
@@ -240,6 +240,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, RuntimeError) as error:
         raise HypersdError(f"{path} is damaged ({error}); remove {path.parent} to encode again") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -96,6 +96,12 @@ class BaseStage(Section):
 
     @property
     def name(self) -> str:
+        """For the log and the progress bar."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """The number of sampling steps that the stage's weights are made for; names its LoRA file."""
         raise NotImplementedError
 
 
@@ -139,6 +145,10 @@ class TSCDStage(BaseStage):
     @property
     def name(self) -> str:
         return f"{self.method}-{self.segments}"
+
+    @property
+    def steps(self) -> int:
+        return self.segments
 
 
 # With the second method: Annotated[TSCDStage | OtherStage, Field(discriminator="method")].
@@ -268,9 +278,10 @@ def _one_line(error: ValidationError, document: dict[str, Any]) -> str:
 
 def _keys(location: Iterable[str | int]) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections = {"model": Model, "data": Data, "lora": Lora, "train": Train, "stages": Stage}
+    sections: dict[str, type[BaseModel]] = {"model": Model, "data": Data, "lora": Lora, "train": Train, "stages": Stage}
     section = next(iter(location), None)
-    return list((sections[str(section)] if section is not None else Recipe).model_fields)
+    model: type[BaseModel] = sections[str(section)] if section is not None else Recipe
+    return list(model.model_fields)
 
 
 def _nearest(word: str, candidates: Iterable[str]) -> str:

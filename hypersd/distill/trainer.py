@@ -42,7 +42,7 @@ class Trainer:
 
     components: unet and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone that
     is otherwise put around the unet: any `Denoiser` without roles yet. Under out_dir: `checkpoint.safetensors`,
-    `metrics.jsonl`, `lora-<segments>step.safetensors` of each stage and `lora.safetensors` of the last.
+    `metrics.jsonl`, `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Trainer:
     def _wrap(self, unet: torch.nn.Module) -> Backbone:
         train, lora = self.recipe.train, self.recipe.lora
         # not unet.to(): that of diffusers warns about every cast
-        torch.nn.Module.to(unet, dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)
+        torch.nn.Module.to(unet, dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)  # type: ignore[call-overload]
         backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
         if train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
@@ -243,7 +243,7 @@ class Trainer:
         if not isinstance(self.backbone, Backbone):
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
-        names = [f"lora-{stage.segments}step"] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else [])
+        names = [f"lora-{stage.steps}step"] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else [])
         for name in names:
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, EMA, metadata)
 
