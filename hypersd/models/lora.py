@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,16 @@ LCM_TARGETS = (
     "time_emb_proj",
 )
 
-_role: ContextVar[str] = ContextVar("hypersd_role", default=BASE)
-_folding: ContextVar[bool] = ContextVar("hypersd_folding", default=False)
+
+class _Active(threading.local):
+    """What the running call set, per thread. torch.compile can follow these attributes; a ContextVar it cannot."""
+
+    def __init__(self) -> None:
+        self.role = BASE
+        self.folding = False
+
+
+_active = _Active()
 
 
 @dataclass(frozen=True)
@@ -73,27 +81,27 @@ class LoraSpec:
 
 
 def current_role() -> str:
-    return _role.get()
+    return _active.role
 
 
 @contextmanager
 def use_role(role: str) -> Iterator[None]:
     """Every slot called inside runs with this role's adapter ("base": none)."""
-    token = _role.set(role)
+    before, _active.role = _active.role, role
     try:
         yield
     finally:
-        _role.reset(token)
+        _active.role = before
 
 
 @contextmanager
 def folded_weights() -> Iterator[None]:
     """Inside, calls without gradient keep W + scale b a of fp32 and fp64 layers: base speed, one more weight each."""
-    token = _folding.set(True)
+    before, _active.folding = _active.folding, True
     try:
         yield
     finally:
-        _folding.reset(token)
+        _active.folding = before
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
@@ -165,7 +173,7 @@ class LoraSlot(nn.Module):
             del self.a[role], self.b[role], self.scale[role]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        role = _role.get()
+        role = _active.role
         if role == BASE or role not in self.scale:
             return self.base(x, *args, **kwargs)
         a, b, scale = self.a[role], self.b[role], self.scale[role]
@@ -173,7 +181,7 @@ class LoraSlot(nn.Module):
             # the layer carries an adapter of its own, in whatever form PEFT gives it: add ours to its output
             y = self.base(x, *args, **kwargs)
             return y + scale * self._low_rank(x.to(y.dtype), a.to(y.dtype), b.to(y.dtype))
-        if _folding.get() and self._can_fold(x):
+        if _active.folding and self._can_fold(x):
             return self._plain(x, self._fold(role))
         return self._adapted(x, a, b, scale)
 

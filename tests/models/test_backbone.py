@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec
+from hypersd.models import backbone as backbone_module
 from hypersd.models import lora as lora_module
 
 SPEC = LoraSpec(rank=4, alpha=2)
@@ -139,19 +141,13 @@ def test_switching_by_state_fails_under_checkpointing(tiny_unet, tiny_batch, mon
     backbone = two_roles(tiny_unet)
     plain = gradients(backbone, tiny_batch, lambda b: None)
 
-    class State:
-        role = "base"
+    @contextmanager
+    def set_and_leave(role):
+        lora_module._active.role = role
+        yield
 
-        def get(self):
-            return self.role
-
-        def set(self, role):
-            self.role = role
-
-        def reset(self, token):
-            pass  # the caller's last choice stays active
-
-    monkeypatch.setattr(lora_module, "_role", State())
+    monkeypatch.setattr(backbone_module, "use_role", set_and_leave)
+    monkeypatch.setattr(lora_module._active, "role", "base")
 
     def naive(backbone):
         backbone.network.enable_gradient_checkpointing(
@@ -343,3 +339,47 @@ def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
         backbone.add_role("ema")
     with pytest.raises(HypersdError, match="no role 'none'"):
         backbone.copy_role("none", "ema")
+
+
+class OneLayer(torch.nn.Module):
+    """The least that Backbone can hold: fast to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = torch.nn.Linear(6, 6)
+
+    def forward(self, x, timestep, return_dict=False):
+        return (self.to_q(x).tanh() * timestep,)
+
+
+def test_torch_compile_sees_the_role():
+    """One graph without breaks per role, and no graph is used for another role."""
+    torch.manual_seed(0)
+    backbone = two_roles(OneLayer())
+    x, t = torch.randn(3, 6), torch.tensor(2.0)
+    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+    for role in ("base", "student", "ema", "student", "base"):
+        assert torch.equal(compiled(x, t, {}, role=role), backbone(x, t, {}, role=role))
+    inner = torch.compile(backbone.network, backend="eager", fullgraph=True)
+    for role in ("base", "student", "ema", "base"):
+        with lora_module.use_role(role):
+            assert torch.equal(inner(x, t)[0], backbone(x, t, {}, role=role))
+
+
+def test_threads_do_not_share_a_role():
+    from threading import Barrier, Thread
+
+    backbone, barrier, seen = two_roles(OneLayer()), Barrier(2), {}
+
+    def run(role):
+        with lora_module.use_role(role):
+            barrier.wait()
+            seen[role] = lora_module.current_role()
+            barrier.wait()
+
+    threads = [Thread(target=run, args=(role,)) for role in backbone.roles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"student": "student", "ema": "ema"} and lora_module.current_role() == "base"
