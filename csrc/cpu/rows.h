@@ -156,7 +156,7 @@ struct Coefficients : Numbers {
   Coefficients(const Tensor& t, const char* name, int64_t batch, int64_t columns) : Numbers(t, name) {
     const bool batched = view.dim == 2 && view.size[0] == batch;
     STD_TORCH_CHECK((view.dim == 1 || batched) && view.size[view.dim - 1] == columns, name, ": wrong shape");
-    rows = batched ? batch : 1;
+    rows = batched && batch > 0 ? batch : 1;
     row_stride = rows > 1 ? view.stride[0] : 0;
     column_stride = view.stride[view.dim - 1];
   }

@@ -54,6 +54,7 @@ CASES = (
     _case("sd15_b4_weighted", 4, 4, 64, 64, weight=True),
     _case("sd15_b4_mse", 4, 4, 64, 64, kind="mse"),
     _case("sdxl_b4", 4, 4, 128, 128),
+    _case("odd", 3, 5, 7, 11, bench=False),
     _case("odd_none", 3, 5, 7, 11, reduction="none", weight=True, bench=False),
     _case("odd_huber", 3, 5, 7, 11, kind="huber", weight=True, bench=False),
     _case("odd_l1", 2, 3, 33, 17, kind="l1", reduction="none", bench=False),
