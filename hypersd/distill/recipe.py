@@ -82,7 +82,8 @@ class Train(Section):
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; None: only measured
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up at the start of each stage
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    gradient_checkpointing: bool = False
+    # what is computed again in backward: nothing, the feed-forward layers (memory for next to no time), every block
+    gradient_checkpointing: Literal["none", "feed_forward", "full"] = "feed_forward"
     checkpoint_every: Positive = 500  # steps; a stage's end always writes one
     log_every: Positive = 10  # steps between the moments when a GPU is asked for its loss
     threads: Positive | None = None  # of torch on a CPU; None: torch's choice

@@ -98,8 +98,10 @@ class Trainer:
         # not unet.to(): that of diffusers warns about every cast
         torch.nn.Module.to(unet, dtype=getattr(torch, train.dtype), memory_format=torch.channels_last)  # type: ignore[call-overload]
         backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
-        if train.gradient_checkpointing:
+        if train.gradient_checkpointing == "full":
             backbone.enable_gradient_checkpointing()
+        elif train.gradient_checkpointing == "feed_forward":
+            backbone.recompute_feed_forward()
         return backbone
 
     def _begin_stage(self) -> Method:

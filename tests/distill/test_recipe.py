@@ -52,7 +52,7 @@ def test_overrides() -> None:
         ("train.batch_size=1.5", "train.batch_size: found 1.5, should be a valid integer"),
         ("train.batch_size=0", "train.batch_size: found 0, should be greater than or equal to 1"),
         ("train.learning_rate=nan", "train.learning_rate: found nan, should be a finite number"),
-        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: found 1, should be a valid boolean"),
+        ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
         ("stages.0.method=tscx", "stages.0.method: found 'tscx', should be 'tscd'; did you mean 'tscd'?"),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),

@@ -224,20 +224,31 @@ def test_stages_hand_over_from_the_ema(tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     from tests.conftest import make_unet
 
-    grads = []
-    for checkpointing in (False, True):
-        r = recipe(4, iterations=1, train={"gradient_checkpointing": checkpointing, "clip": 1e9})
-        t = trainer(make_unet(), r, tmp_path / str(checkpointing))
+    grads, saved = [], []
+    for kind in ("none", "feed_forward", "full"):
+        r = recipe(4, iterations=1, train={"gradient_checkpointing": kind, "clip": 1e9})
+        t = trainer(make_unet(), r, tmp_path / kind)
         g = torch.Generator().manual_seed(3)
         with torch.no_grad():  # an adapter that does something, and a target that differs from it
             for role in ("student", "ema"):
                 for p in t.backbone.role_parameters(role).values():
                     p.add_(0.02 * torch.randn(p.shape, generator=g))
-        t.run()
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            t.run()
+        saved.append(sum(kept.values()))
         grads.append({k: p.grad for k, p in t.parameters.items()})
-    assert grads[0].keys() == grads[1].keys() and max(g.abs().max() for g in grads[0].values()) > 1e-5
-    for k in grads[0]:
-        torch.testing.assert_close(grads[0][k], grads[1][k], rtol=1e-4, atol=1e-8)
+    assert saved[0] > 1.1 * saved[1] > 1.1 * 1.1 * saved[2]  # bytes kept for backward
+    assert max(g.abs().max() for g in grads[0].values()) > 1e-5
+    for other in grads[1:]:
+        assert grads[0].keys() == other.keys()
+        for k in grads[0]:
+            torch.testing.assert_close(grads[0][k], other[k], rtol=1e-4, atol=1e-8)
 
 
 def test_exports_and_bfloat16(tiny_unet: Any, tmp_path: Path) -> None:
