@@ -21,7 +21,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Best rates of a device: bytes per second, FLOP per second by dtype, seconds per launch, and where they come from."""
+    """Best rates of a device: bytes per second, FLOP per second by dtype, seconds per launch, and their provenance."""
 
     bytes_per_second: float
     flops_per_second: dict[torch.dtype, float]

@@ -48,7 +48,7 @@ class Op:
 
     `reference` is the definition: plain torch, differentiable, exact in float64. `fallback` is what the dispatcher
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
-    `backward(ctx, *grads)` returns one gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
+    `backward(ctx, *grads)` returns a gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
     `plan` says which ATen products the fallback composes for the public function's keywords.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
@@ -152,7 +152,9 @@ class Op:
         if implementation == "cpp":
             if not self.cpp:
                 return "it has no C++ kernel"
-            return "C++ kernels run on the CPU" if device.type != "cpu" else "" if _native.available() else _native.status()
+            if device.type != "cpu":
+                return "C++ kernels run on the CPU"
+            return "" if _native.available() else _native.status()
         if implementation == "triton" and self.triton:
             if triton_missing():
                 return triton_missing()
@@ -228,7 +230,8 @@ class Explanation:
         if self.config:
             lines.append(f"  config  {self.config}")
         if self.cost:
-            lines.append(f"  bytes   {self.cost.bytes:,.0f}\n  flops   {self.cost.flops:,.0f}\n  kernels {self.cost.launches}")
+            lines += [f"  bytes   {self.cost.bytes:,.0f}", f"  flops   {self.cost.flops:,.0f}"]
+            lines += [f"  kernels {self.cost.launches}"]
         bound = "unknown" if self.seconds is None else f"{self.seconds * 1e6:.2f} us at best"
         return "\n".join([*lines, f"  time    {bound} ({self.ceiling})"])
 
@@ -240,7 +243,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     op = next((op for op in OPS.values() if op.function is function), None)
     if op is None:
-        raise TypeError(f"function: {function!r} is no public function of hypersd.kernels; expected one of {sorted(OPS)}")
+        raise TypeError(f"function: got {function!r}, expected a public function of hypersd.kernels: {sorted(OPS)}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     inputs: Mapping[str, Any] = bound.arguments

@@ -34,7 +34,7 @@ def check_tensor(name: str, value: object, like: Tensor | None = None, like_name
 
 
 def check_numbers(name: str, value: object, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `value` is a float32 or float64 tensor of one of `shapes`, here or on the host."""
+    """Raise TypeError or ValueError unless `value` is float32 or float64, of one of `shapes`, here or on the host."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float64 tensor")
     if value.dtype not in (torch.float64, torch.float32):
@@ -72,7 +72,7 @@ def dense(t: Tensor, first: int) -> bool:
 
 
 def output_like(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """(result, work): an output with torch's strides for `x`, and the tensor to compute into (the same where possible)."""
+    """(result, work): an output with torch's strides for `x`, and where to compute it (the same where possible)."""
     result = torch.empty_like(x)
     return result, result if dense(result, int(per_sample)) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -91,20 +91,23 @@ def on_device(t: Tensor) -> AbstractContextManager:
 
 def arch(t: Tensor) -> str:
     """The folder of tuned configurations for the device of `t`."""
-    if not t.is_cuda or torch.version.hip:
+    if not t.is_cuda:
         return "none"
+    if torch.version.hip:
+        return "gfx"
     major, minor = torch.cuda.get_device_capability(t.device)
     return f"sm{major}{minor}"
 
 
 @lru_cache(maxsize=1024)
 def streaming_config(op: str, arch: str, dtype: torch.dtype, rows: int, width: int) -> Config:
-    """Launch of a kernel that streams `rows` x `width` elements: the tuned row, else the largest block that fills the GPU."""
+    """Launch of a kernel that streams rows x width elements: the tuned row, else the largest block that fills a GPU."""
 
     def analytic() -> Config:
-        for block in (1024, 512, 256):
+        for block in (1024, 512):  # 512: 128 bits a thread also where a warp has 64
             if rows * -(-width // block) >= 2 * SMS:
                 break
-        return Config({"BLOCK": block}, num_warps=block // (32 * ELEMENTS_PER_THREAD))
+        threads_per_warp = 64 if arch == "gfx" else 32
+        return Config({"BLOCK": block}, num_warps=max(1, block // (threads_per_warp * ELEMENTS_PER_THREAD)))
 
     return lookup(op, arch, dtype, {"rows": max(rows, 1), "width": max(width, 1)}, analytic)

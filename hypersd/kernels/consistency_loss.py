@@ -5,7 +5,7 @@ LCM (arXiv:2310.04378, eq. 14) with every prediction type and boundary condition
 
     mse  d^2      l1  |d|      huber  d^2 / 2 inside c, c (|d| - c / 2) outside      pseudo_huber  sqrt(d^2 + c^2) - c
 
-    bytes: 4 N in, and with a gradient N out, then 2 N in backward (times itemsize)     flops: about 14 N     launches: 2
+    bytes: 4 N in, with a gradient N out, then 2 N in backward (times itemsize)     flops: about 14 N     launches: 2
     replaces: two boundary combinations, the distance, the mean and their backward, some 20 passes over memory
     gradient: p1 rho'(d) is written in the forward pass; backward scales it by upstream * weight / count
     arithmetic: float32 (float64 if a tensor is float64), sums in a fixed order
@@ -28,7 +28,12 @@ REDUCTIONS = {"mean": True, "none": False}
 
 
 def _case(
-    name: str, *shape: int, kind: str = "pseudo_huber", reduction: str = "mean", weight: bool = False, bench: bool = True
+    name: str,
+    *shape: int,
+    kind: str = "pseudo_huber",
+    reduction: str = "mean",
+    weight: bool = False,
+    bench: bool = True,
 ) -> Case:
     def make_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
         def draw(*size: int) -> Tensor:

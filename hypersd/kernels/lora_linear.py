@@ -198,7 +198,7 @@ def _expand_kernel(
         else:
             right = _tile(u, ranks, columns, r, n, WIDEN)
         total = tl.dot(left, right, total, input_precision="ieee")
-    factor = scale.to(tl.float32)
+    factor = scale  # a float32 already; under the interpreter a Python float
     if HAS_SCALE:
         factor *= tl.load(scale_tensor).to(tl.float32)
     total *= factor

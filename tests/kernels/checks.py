@@ -48,7 +48,8 @@ def evaluate(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
     upstream = torch.randn(out.shape, generator=generator).to(out.dtype)
     found = {"out": out.detach()}
     if leaves:
-        found |= {f"grad {k}": g for k, g in zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream))}
+        grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+        found |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return found
 
 

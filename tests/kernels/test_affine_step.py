@@ -91,7 +91,7 @@ def test_mixed_dtypes_compute_in_float32_and_return_that_of_x():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_passes_unchanged(dtype):
-    """k0 = 1 is the identity on all 65,536 bit patterns: conversions keep subnormals, infinities and signs, NaN stays NaN."""
+    """k0 = 1 is the identity on all 65,536 bit patterns: subnormals, infinities and signs are kept, NaN stays NaN."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, -1)
     out = affine_step(x, torch.zeros_like(x), torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64))
     nan = x.isnan()
@@ -131,7 +131,7 @@ def test_rounds_to_nearest_even_as_torch_does(dtype):
 )
 @pytest.mark.parametrize("grad", [False, True])
 def test_refuses_with_the_arguments_name(change, error, words, grad):
-    inputs = {"x": torch.zeros(2, 3), "eps_cond": torch.zeros(2, 3), "coef": torch.zeros(5, dtype=torch.float64)} | change
+    inputs = {"x": torch.zeros(2, 3), "eps_cond": torch.zeros(2, 3), "coef": torch.zeros(5).double()} | change
     if grad and isinstance(inputs["x"], torch.Tensor) and inputs["x"].is_floating_point():
         inputs["x"] = inputs["x"].requires_grad_()
     with pytest.raises(error, match=words):

@@ -92,7 +92,7 @@ def test_small_differences_do_not_cancel():
 
 
 def test_float16_gradients_do_not_underflow_before_the_loss_scale():
-    """2^20 elements: each gradient is near 1e-6, below float16's smallest normal, until the loss scale multiplies it."""
+    """2^20 elements: each gradient is near 1e-6, below float16's normals, until the loss scale multiplies it."""
     v = inputs(4, 4, 256, 256, dtype=torch.float16)
     v["coef"] = torch.tensor([[0.0, 1, 0, 0]], dtype=torch.float64).repeat(4, 1)
     leaf = v.pop("eps_student").requires_grad_()

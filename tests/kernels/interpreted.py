@@ -1,0 +1,123 @@
+"""The Triton kernels themselves, run on the CPU by Triton's interpreter and held to the same float64 definition.
+
+Not collected by name: test_interpreter.py runs this file in a process with TRITON_INTERPRET=1, because Triton chooses
+the interpreter when a kernel is decorated. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypersd.kernels import _tune, use
+from hypersd.kernels._op import OPS
+from hypersd.kernels._tune import jit, tl
+from tests.kernels import checks
+
+assert _tune.interpreted(), "start with TRITON_INTERPRET=1"
+
+EVERY = [pytest.param(op, id=op.name) for op in OPS.values() if op.triton]
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    for op in OPS.values()
+    if op.triton
+    for case in checks.small(op)
+    if sum(v.numel() for v in case.inputs().values() if isinstance(v, Tensor)) < 100_000
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_error_at_most_twice_eagers(op, case, dtype, poisoned):
+    with use("triton"):
+        assert checks.check(op, case.inputs(dtype)) == []
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_any_memory_order(op, poisoned):
+    case = next((c for c in checks.small(op) if c.name.startswith("odd")), checks.smallest(op))
+    with use("triton"):
+        for name, changed in checks.layouts(case.inputs()):
+            assert checks.check(op, changed) == [], name
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_same_bits_twice(op):
+    inputs = checks.smallest(op).inputs(torch.bfloat16)
+    with use("triton"):
+        first, second = checks.evaluate(op, inputs), checks.evaluate(op, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_writes_nothing_beside_its_output(op, monkeypatch):
+    """Guard bands before and after every allocation stay as they were."""
+    bands: list[Tensor] = []
+
+    def guarded(shape, dtype, device):
+        count = 1
+        for size in shape:
+            count *= size
+        memory = torch.full((count + 256,), 7.0, dtype=dtype, device=device)
+        bands.append(memory)
+        return memory[128 : 128 + count].view(shape)
+
+    real = torch.empty
+
+    def empty(*shape, dtype=torch.float32, device="cpu", **options):
+        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
+        return guarded(shape, dtype, device) if dtype.is_floating_point else real(shape, dtype=dtype, device=device)
+
+    inputs = next(c for c in checks.small(op) if c.name.startswith("odd")).inputs()
+    with use("triton"), monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", lambda t, **_: guarded(t.shape, t.dtype, t.device))
+        patch.setattr(torch.Tensor, "new_empty", lambda t, *shape, **o: empty(*shape, **({"dtype": t.dtype} | o)))
+        found = checks.evaluate(op, inputs)
+    assert bands and all(bool((m[:128] == 7).all() and (m[-128:] == 7).all()) for m in bands)
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@jit
+def _dot_kernel(a, b, out, WIDEN: tl.constexpr, N: tl.constexpr):
+    rows, columns = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    left, right = tl.load(a + rows * N + columns), tl.load(b + rows * N + columns)
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    tl.store(out + rows * N + columns, tl.dot(left, right))
+
+
+def test_bfloat16_dot_needs_widening_here():
+    """The interpreter may multiply bfloat16 bit patterns as integers: dot kernels widen their operands under it."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(32, 32).bfloat16() for _ in range(2))
+    out, exact = torch.empty(32, 32), a.double() @ b.double()
+    _dot_kernel[(1,)](a, b, out, WIDEN=True, N=32)
+    assert ((out - exact).norm() / exact.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_bfloat16_tripwire(op):
+    """Relative error under 1 % in bfloat16: the interpreter's silent garbage is off by orders of magnitude."""
+    inputs = checks.smallest(op).inputs(torch.bfloat16)
+    with use("triton"):
+        found = checks.evaluate(op, inputs)
+    with use("reference"):
+        exact = checks.evaluate(op, checks.widened(inputs))
+    for name, truth in exact.items():
+        assert ((found[name].double() - truth).norm() / truth.norm()).item() < 1e-2, name
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_a_wrong_kernel_turns_the_suite_red(op, monkeypatch):
+    inputs, right = checks.smallest(op).inputs(), op.triton
+
+    def wrong(*args):
+        value = right(*args)
+        return value * 1.00001 if isinstance(value, Tensor) else (value[0] * 1.00001, *value[1:])
+
+    monkeypatch.setattr(op, "triton", wrong)
+    with use("triton"):
+        assert checks.check(op, inputs) != []

@@ -1,0 +1,135 @@
+"""The C++ library: its instruction sets, what happens without it, and its build."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypersd.kernels import _native, affine_step, explain
+from hypersd.kernels._op import OPS
+from tests.kernels import checks
+
+ROOT = Path(__file__).resolve().parents[2]
+native = pytest.mark.skipif(not _native.available(), reason=_native.status())
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+EXPLAIN = """
+import torch
+from hypersd.kernels import affine_step, explain
+x = torch.arange(4.).reshape(1, 4)
+print(affine_step(x, x, torch.tensor([1., 2, 0, 0, 0]).double()).tolist())
+print(explain(affine_step, x, x, torch.zeros(5).double()).implementation)
+print(explain(affine_step, x, x, torch.zeros(5).double()).why)
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_is_built_where_a_compiler_is():
+    assert _native.available(), _native.status()
+
+
+@native
+def test_is_built_from_these_sources():
+    assert _native.build_hash() == _native.source_hash(ROOT / "csrc"), _native.status()
+    assert _native.status() == f"loaded ({_native.isa()})"
+
+
+@native
+def test_a_stale_library_is_named(monkeypatch):
+    monkeypatch.setattr(_native, "source_hash", lambda folder: "0" * 16)
+    assert "rebuild with `python setup.py build_ext --inplace`" in _native.status()
+
+
+@native
+def test_instruction_sets_agree_to_rounding():
+    inputs = {name: checks.smallest(OPS[name]).inputs() for name in ("affine_step", "consistency_loss")}
+    widest, found = _native.isa(), {}
+    for level in _native.ISA_LEVELS[: _native.ISA_LEVELS.index(widest) + 1]:
+        assert _native.isa(level) == level == _native.isa()
+        found[level] = {name: checks.evaluate(OPS[name], value) for name, value in inputs.items()}
+    assert _native.isa("auto") == widest
+    for level, outputs in found.items():
+        for name, values in outputs.items():
+            for key, value in values.items():
+                expected = found["baseline"][name][key]
+                torch.testing.assert_close(value, expected, rtol=2e-6, atol=1e-6, msg=f"{level} {key}")
+
+
+@native
+def test_instruction_set_from_the_environment():
+    assert run("from hypersd.kernels import _native; print(_native.isa())", HYPERSD_ISA="baseline") == "baseline"
+
+
+@native
+def test_refuses_an_unknown_instruction_set():
+    with pytest.raises(ValueError, match="got 'mmx', expected one of"):
+        _native.isa("mmx")
+
+
+def test_without_the_library_the_reference_runs_and_says_why():
+    values, implementation, why = run(EXPLAIN, HYPERSD_NATIVE="0").splitlines()
+    assert values == "[[0.0, 3.0, 6.0, 9.0]]"
+    assert (implementation, why) == ("reference", "switched off by HYPERSD_NATIVE=0")
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_a_missing_or_broken_library_is_one_line(tmp_path, monkeypatch, content):
+    if content:
+        (tmp_path / "_C.abi3.so").write_bytes(content)
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    reason = _native._load.__wrapped__()
+    assert "\n" not in reason and "python setup.py build_ext --inplace" in reason
+    assert ("does not load" if content else "no C++ kernels") in reason
+
+
+@native
+def test_needs_nothing_of_torch_but_the_stable_abi():
+    """No symbol of libtorch's C++ interface: that is what lets one build serve many versions of torch."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    library = next(_native.PACKAGE.glob("_C*.so"))
+    listed = subprocess.run([nm, "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    names = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
+    mangled = [name for name in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name)]
+    assert mangled == [] and any(name.startswith("aoti_torch_") for name in names)
+    assert not any(name.startswith("Py") for name in names)
+
+
+def test_a_build_without_a_compiler_is_one_line_and_no_failure(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("hypersd:")]
+    assert done.returncode == 0
+    assert len(said) == 1
+    assert said[0].startswith("hypersd: no C++ kernels are built: no C++ compiler (no-such-compiler) is on PATH;")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_explain_shows_the_choice():
+    inputs = OPS["affine_step"].cases[0].inputs()
+    said = str(explain(affine_step, **inputs))
+    assert said.startswith("affine_step on cpu: ")
+    assert "bytes   16,384" in said and "flops   6,144" in said and "no ceiling known for cpu" in said
