@@ -54,6 +54,12 @@ class LatentDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for data sets of the same captions and latent shapes in the same order."""
+        shapes = [{name: list(tensor.shape) for name, tensor in sorted(shard.items())} for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.captions, shapes]).encode()).hexdigest()
+
     def rows(self, indices: np.ndarray) -> Batch:
         """The samples at `indices`, in that order."""
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1

@@ -38,29 +38,25 @@ class Log:
 
     def flush(self) -> float:
         """Write what is pending and return the newest loss. Raises HypersdError when one is not finite."""
-        lines = ""
+        lines, problem = "", None
         for index, stage, step, loss, norm, seconds in self.pending:
             loss, norm = float(loss), float(norm)
-            row = {
-                "index": index,
-                "stage": stage,
-                "step": step,
-                "loss": loss,
-                "grad_norm": norm,
-                "seconds": round(seconds, 6),
-            }
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise HypersdError(
-                    f"stage {stage}, step {step}: the loss is {loss}, its gradient {norm}; the last checkpoint "
-                    "is intact; lower train.learning_rate or the guidance scale"
+                problem = (
+                    f"stage {stage}, step {step}: the loss is {loss}, its gradient {norm}; the last checkpoint is "
+                    "intact; lower train.learning_rate or the guidance scale"
                 )
-            lines += json.dumps(row) + "\n"
+                break
+            row = {"index": index, "stage": stage, "step": step, "loss": loss, "grad_norm": norm}
+            lines += json.dumps(row | {"seconds": round(seconds, 6)}) + "\n"
         self.pending.clear()
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
             raise HypersdError(f"cannot write {self.path}: {error.strerror or error}") from None
+        if problem:
+            raise HypersdError(problem)
         return loss
 
 

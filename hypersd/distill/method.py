@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
+from hypersd.distill.recipe import BaseStage
 from hypersd.models.noise_process import NoiseProcess
 
 STUDENT, EMA, PREVIOUS, BASE = "student", "ema", "previous", "base"
@@ -42,15 +43,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage stands on. `uncond`: conditions of the empty prompt, each (1, ...); those
-    it lacks are the same with and without a prompt. `teacher_role`: the role of the
-    previous stage's weights or "base". `teacher_segments`: the segments within which that teacher is consistent."""
+    """What a stage stands on. `uncond`: conditions of the empty prompt, each (1, ...); those it lacks are the same with
+    and without a prompt. `previous`: the stage before, whose weights are role "previous"; None where they are not kept.
+    """
 
     backbone: Denoiser
     process: NoiseProcess
     uncond: dict[str, Tensor]
-    teacher_role: str = BASE
-    teacher_segments: int | None = None
+    previous: BaseStage | None = None
 
 
 class Method(Protocol):

@@ -105,6 +105,11 @@ class BaseStage(Section):
         """The number of sampling steps that the stage's weights are made for; names its LoRA file."""
         raise NotImplementedError
 
+    @property
+    def needs_previous(self) -> bool:
+        """Whether the weights that the stage before ended with are kept as role "previous"."""
+        return False
+
 
 class TSCDStage(BaseStage):
     """Trajectory segmented consistency distillation with `segments` segments (hypersd.distill.tscd).
@@ -151,6 +156,10 @@ class TSCDStage(BaseStage):
     def steps(self) -> int:
         return self.segments
 
+    @property
+    def needs_previous(self) -> bool:
+        return self.teacher == "previous_stage"
+
 
 # With the second method: Annotated[TSCDStage | OtherStage, Field(discriminator="method")].
 Stage = TSCDStage
@@ -166,8 +175,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
         for i, stage in enumerate(self.stages):
-            if stage.teacher == "previous_stage" and i > 0:
-                before = self.stages[i - 1].segments
+            if stage.needs_previous and i > 0:
+                before = self.stages[i - 1].steps
                 if stage.grid < before:
                     raise ValueError(
                         f"stages.{i}: grid = {stage.grid}, but one step of a teacher with {before} segments "

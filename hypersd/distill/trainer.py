@@ -18,7 +18,7 @@ from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.log import Log
-from hypersd.distill.method import BASE, EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
+from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
 from hypersd.distill.recipe import BaseStage, Recipe, TSCDStage
 from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
@@ -68,6 +68,7 @@ class Trainer:
         self.uncond = {k: v.to(self.device) for k, v in dataset.uncond.items()}
         self.stage, self.step = 0, 0
         self.has_previous = False
+        self.loaded: dict[str, Tensor] = {}
 
     @property
     def checkpoint(self) -> Path:
@@ -85,6 +86,8 @@ class Trainer:
         try:
             if resume:
                 self._load()
+            elif self.checkpoint.exists():  # of an earlier run, and perhaps hours of work
+                self.checkpoint.replace(self.checkpoint.with_name("checkpoint.old.safetensors"))
             self.log = Log(self.out_dir / "metrics.jsonl", keep=(self.stage, self.step) if resume else None)
             with Interrupt() as interrupt:
                 while self.stage < len(self.recipe.stages):
@@ -107,20 +110,15 @@ class Trainer:
     def _begin_stage(self) -> Method:
         """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
         stage = self.recipe.stages[self.stage]
-        inherits = stage.teacher == "previous_stage" and self.stage > 0
+        previous = self.recipe.stages[self.stage - 1] if stage.needs_previous and self.stage > 0 else None
         if self.step == 0 and self.stage > 0:
             self.backbone.copy_role(EMA, STUDENT)
-            self._drop_previous()
-            if inherits:
+            if self.has_previous:
+                self.backbone.drop_role(PREVIOUS)
+            if previous is not None:
                 self.backbone.add_role(PREVIOUS, like=EMA)
-                self.has_previous = True
-        context = Context(
-            self.backbone,
-            self.process,
-            self.uncond,
-            PREVIOUS if inherits else BASE,
-            self.recipe.stages[self.stage - 1].segments if inherits else None,
-        )
+            self.has_previous = previous is not None
+        context = Context(self.backbone, self.process, self.uncond, previous)
         return METHODS[type(stage)](stage, context)
 
     def _run_stage(self, interrupt: Interrupt) -> None:
@@ -138,6 +136,7 @@ class Trainer:
         )
         if self.step > 0:
             self._restore_optimizer()
+        self.loaded = {}
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
@@ -197,30 +196,34 @@ class Trainer:
         )
         return Batch(batch.latents.to(self.device), {k: v.to(self.device) for k, v in batch.cond.items()})
 
-    def _drop_previous(self) -> None:
-        if self.has_previous:
-            self.backbone.drop_role(PREVIOUS)
-            self.has_previous = False
+    def _roles(self) -> list[str]:
+        return [STUDENT, EMA, PREVIOUS] if self.has_previous else [STUDENT, EMA]
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}
-        for role in [STUDENT, EMA, *([PREVIOUS] if self.has_previous else [])]:
+        for role in self._roles():
             tensors.update({f"{role}/{name}": p for name, p in self.backbone.role_parameters(role).items()})
         if self.step > 0:
             for name, parameter in self.parameters.items():
                 state = self.optimizer.state[parameter]
                 tensors.update({f"optimizer/{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")})
-        state = {"stage": self.stage, "step": self.step, "recipe": self.recipe.model_dump(mode="json")}
-        save_checkpoint(self.checkpoint, tensors, state)
+        save_checkpoint(self.checkpoint, tensors, {"stage": self.stage, "step": self.step, **self._identity()})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on from."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "data": self.dataset.fingerprint}
 
     def _load(self) -> None:
         self.loaded, state = load_checkpoint(self.checkpoint)
-        _same_recipe(state["recipe"], self.recipe.model_dump(mode="json"), self.checkpoint)
+        own = self._identity()
+        _same_recipe(state["recipe"], own["recipe"], self.checkpoint)
+        if state["data"] != own["data"]:
+            raise HypersdError(f"{self.checkpoint} was made with other training data; resume needs the same pictures")
         self.stage, self.step = state["stage"], state["step"]
         if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded):
             self.backbone.add_role(PREVIOUS, like=STUDENT)
             self.has_previous = True
-        for role in [STUDENT, EMA, *([PREVIOUS] if self.has_previous else [])]:
+        for role in self._roles():
             for name, parameter in self.backbone.role_parameters(role).items():
                 parameter.data.copy_(self._loaded(f"{role}/{name}", parameter))
 
@@ -230,7 +233,6 @@ class Trainer:
                 "step": torch.tensor(float(self.step), device=parameter.device),
                 **{k: self._loaded(f"optimizer/{k}/{name}", parameter) for k in ("exp_avg", "exp_avg_sq")},
             }
-        del self.loaded
 
     def _loaded(self, name: str, like: Tensor) -> Tensor:
         tensor = self.loaded.get(name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hypersd.distill.data import Batch
-from hypersd.distill.method import EMA, STUDENT, Context, Draw
+from hypersd.distill.method import BASE, EMA, PREVIOUS, STUDENT, Context, Draw
 from hypersd.distill.recipe import TSCDStage
 from hypersd.distill.segments import SegmentGrid
 from hypersd.kernels import affine_step, consistency_loss
@@ -31,11 +31,16 @@ class TSCD:
     def __init__(self, stage: TSCDStage, context: Context) -> None:
         self.stage, self.context = stage, context
         self.process = context.process
+        before = context.previous
+        self.teacher_role = BASE if before is None else PREVIOUS
         self.grid = SegmentGrid.build(
-            stage.segments, stage.grid, self.process.num_train_timesteps, teacher_segments=context.teacher_segments
+            stage.segments,
+            stage.grid,
+            self.process.num_train_timesteps,
+            teacher_segments=None if before is None else before.steps,
         )
         # guidance is baked into a previous stage's weights
-        self.guided = context.teacher_segments is None and stage.guidance_scale != (1.0, 1.0)
+        self.guided = before is None and stage.guidance_scale != (1.0, 1.0)
         self.target_role = EMA if stage.target == "ema" else STUDENT
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -89,7 +94,7 @@ class TSCD:
         return coef
 
     def _teacher_step(self, x_t: Tensor, time: Tensor, cond: dict[str, Tensor], coef: np.ndarray) -> Tensor:
-        backbone, role = self.context.backbone, self.context.teacher_role
+        backbone, role = self.context.backbone, self.teacher_role
         if not self.guided:
             return affine_step(x_t, backbone(x_t, time, cond, role=role), _coef(coef[:, :2], x_t))
         both = {k: torch.cat([v, self.context.uncond.get(k, v).expand_as(v)]) for k, v in cond.items()}

@@ -130,8 +130,20 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HypersdError, match="made with train.learning_rate = 0.001, the recipe says 0.002") as caught:
         toy_trainer(recipe(2, train={"learning_rate": 2e-3}), tmp_path).run(resume=True)
     assert caught.value.exit_code == 2
+    with pytest.raises(HypersdError, match="other training data"):
+        Trainer(r, toy.COMPONENTS, toy.dataset(501), tmp_path, backbone=toy.Mixture(16)).run(resume=True)
     with pytest.raises(HypersdError, match="of another model"):
         Trainer(r, toy.COMPONENTS, toy.dataset(500), tmp_path, backbone=toy.Mixture(8)).run(resume=True)
+
+
+def test_a_fresh_run_keeps_the_checkpoint_of_an_older_one(tmp_path: Path) -> None:
+    toy_trainer(recipe(2), tmp_path).run()
+    old = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(Stop):
+        toy_trainer(recipe(2), tmp_path, progress=stop_at("tscd-2", 1)).run()
+    assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == old
+    with pytest.raises(HypersdError, match="no checkpoint"):
+        toy_trainer(recipe(2), tmp_path).run(resume=True)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
-from hypersd.distill.method import PREVIOUS, Context, Draw
+from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import TSCDStage
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.tscd import TSCD, perturbed_noise, slope
@@ -73,7 +73,7 @@ def test_loss_and_gradient_equal_a_derivation_by_hand(kind: str, loss: str, opti
     x_0 = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=generator)
     c = torch.randn(4, 3, dtype=torch.float64, generator=generator)
     uncond = {"c": torch.full((1, 3), 0.1, dtype=torch.float64)}
-    context = Context(net, process, uncond, PREVIOUS, 8) if inherits else Context(net, process, uncond)
+    context = Context(net, process, uncond, stage(segments=8) if inherits else None)
     t, t_prev, t_end = [999, 874, 474, 24], [974, 749, 449, 0], [800, 749, 249, 0]
     method = fixed(TSCD(stage(loss=loss, c=0.05, **options), context), t, t_prev, t_end)
     result = method.loss(Batch(x_0, {"c": c}), Draw(KEY, torch.device("cpu")))
