@@ -58,6 +58,8 @@ def random_unet() -> UNet2DConditionModel:
 class RandomLatents:
     """A data set of noise: the time and memory of a step do not depend on the picture."""
 
+    fingerprint = "noise"
+
     def __init__(self, width: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.latents = torch.randn(BATCH, 4, 16, 16, generator=generator)
