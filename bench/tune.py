@@ -31,28 +31,35 @@ def parts(op: str, inputs: dict) -> tuple[dict[str, int], dict[str, Callable[[],
     """The sizes of the row, and each part as a function without arguments."""
     module = importlib.import_module(f"hypersd.kernels.{op}")
     x, weight, bias, a, b = (inputs[name] for name in ("x", "weight", "bias", "a", "b"))
-    bs = b * inputs["scale"]
+    scale = inputs["scale"]
+    made: dict[str, Callable[[], object]] = {}
     if op == "lora_linear":
         n, k = weight.shape
-        x, extra = x.reshape(-1, k), ()
-        dy = torch.randn(x.shape[0], n).to(x.dtype)
+        x = x.reshape(-1, k)
         sizes = (x.shape[0], k, n, a.shape[0])
-        ds, s_args = dy.mm(bs), (weight, a, bs)
-        made = {"ds": lambda: dy.mm(bs)}
-        grads = {form: (dy, None if form == "full" else ds, x, a, bs) for form in ("thin", "full")}
+        dy = torch.randn(x.shape[0], n).to(x.dtype)
+        ds, tail = dy.mm(b), (a, b, scale)
+        made["ds"] = lambda: _lora.product(dy, b, scale)
+        shrink = lambda: x.mm(a.t())  # noqa: E731
+        dx_head, grad_head, more = (weight,), (), ()
     else:
-        extra = tuple([inputs[name]] * 2 for name in ("stride", "padding"))
-        y = module.forward_form("accumulate", x, weight, bias, a, bs, *extra)
-        dy = torch.randn_like(y)
-        sizes = module._sizes(x, weight, a, *extra)
-        made = {"ds": lambda: module.narrow_grad(dy, a, bs)}
-        ds, s_args = module.narrow_grad(dy, a, bs), (x, weight, a, bs)
-        grads = {form: (dy, None if form == "full" else ds, x, weight, a, bs) for form in ("thin", "full")}
+        more = tuple([inputs[name]] * 2 for name in ("stride", "padding"))
+        sizes = module._sizes(x, weight, a, *more)
+        tail = (a, b * scale)
+        shrink = lambda: torch.nn.functional.conv2d(x, a, None, *more)  # noqa: E731
+        dy = torch.randn_like(module.forward_form("fold", x, weight, bias, *tail, None, *more))
+        ds = module.narrow_grad(dy, *tail)
+        made["ds"] = lambda: module.narrow_grad(dy, *tail)
+        dx_head, grad_head = (x, weight), (weight,)
+    s = shrink()
     for form in FORMS:
-        made[form] = lambda form=form: module.forward_form(form, x, weight, bias, a, bs, *extra)
-        made[f"dx_{form}"] = lambda form=form: module.input_grad_form(form, dy, ds, *s_args, *extra)
-    for form, arguments in grads.items():
-        made[form] = lambda form=form, arguments=arguments: module.adapter_grad_form(form, *arguments, *extra)
+        made[form] = lambda form=form: module.forward_form(
+            form, x, weight, bias, *tail, None if form == "fold" else shrink(), *more
+        )
+        made[f"dx_{form}"] = lambda form=form: module.input_grad_form(form, dy, ds, *dx_head, *tail, *more)
+    for form in ("thin", "full"):
+        made[form] = lambda form=form: module.adapter_grad_form(form, dy, ds, x, s, *grad_head, *tail, *more)
+    made["shrink"] = shrink
     return dict(zip(("M", "K", "N", "R"), sizes, strict=True)), made
 
 

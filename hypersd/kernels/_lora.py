@@ -55,7 +55,8 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
         "dx_accumulate": product(m, k, n) + product(m, k, r, True),
         "dx_fold": fold + product(m, k, n),
         "ds": product(m, r, n),
-        "thin": product(m, r, k) + product(r, k, m) + product(n, r, m),
+        "shrink": product(m, r, k),
+        "thin": product(r, k, m) + product(n, r, m),
         "full": product(n, k, m) + product(r, k, n) + product(n, r, k),
     }
 
@@ -67,6 +68,40 @@ def _table(op: str, device: str) -> tuple[str, tuple[dict, ...]]:
         return "", ()
     table = json.loads(path.read_text())
     return table["provenance"], tuple(table["rows"])
+
+
+@cache
+def _microseconds(
+    op: str, m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str
+) -> tuple[dict[str, float], str]:
+    """Time of each part, by the nearest measured row of this op, device type and dtype, else by arithmetic."""
+    name, sizes = str(dtype).removeprefix("torch."), {"M": m, "K": k, "N": n, "R": r}
+
+    def away(row: dict) -> float:
+        return sum(abs(math.log2(max(sizes[key], 1) / row["sizes"][key])) for key in sizes)
+
+    source, rows = _table(op, device)
+    nearest = min((row for row in rows if row["dtype"] == name), key=away, default=None)
+    if nearest is None or away(nearest) > MAX_DISTANCE:
+        return analytic(m, k, n, r, device, dtype.itemsize), "analytic"
+    return nearest["us"], f"{source}, row " + "x".join(str(v) for v in nearest["sizes"].values())
+
+
+@cache
+def forward_form(op: str, m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, keep: bool) -> str:
+    """The cheapest allowed form of y; with `keep`, S = a x must come with it.
+
+    In 16 bit neither fold nor accumulate: W + scale b a rounded to 16 bits loses an update below half a unit of W, and
+    so does y when it is rounded before the update is added.
+    """
+    if dtype in SIXTEEN_BIT:
+        return "split"
+    us, _ = _microseconds(op, m, k, n, r, dtype, device)
+    return min(("split", "accumulate", "fold"), key=lambda form: _forward_us(us, form, keep))
+
+
+def _forward_us(us: dict[str, float], form: str, keep: bool) -> float:
+    return us[form] + (us["shrink"] if keep and form == "fold" else 0.0)
 
 
 @cache
@@ -83,40 +118,35 @@ def plan(
     *,
     full: bool = True,
 ) -> Plan:
-    """The cheapest allowed forms: by the nearest measured row of this op, device type and dtype, else by arithmetic.
+    """The cheapest allowed forms of a training step. Without `full` that form is not taken.
 
-    y is never folded in 16 bit: W + scale b a, rounded, loses an update below half a unit of W. Nor is it accumulated,
-    for the same reason. dX may fold: it is rounded to 16 bits anyway, and the error stays the plain expression's.
-    Without `full` that form is not taken.
+    dX may fold in 16 bit: it is rounded to 16 bits anyway, and the error stays the plain expression's.
     """
-    name, sizes = str(dtype).removeprefix("torch."), {"M": m, "K": k, "N": n, "R": r}
-
-    def away(row: dict) -> float:
-        return sum(abs(math.log2(max(sizes[key], 1) / row["sizes"][key])) for key in sizes)
-
-    source, rows = _table(op, device)
-    nearest = min((row for row in rows if row["dtype"] == name), key=away, default=None)
-    if nearest is not None and away(nearest) <= MAX_DISTANCE:
-        us, provenance = nearest["us"], f"{source}, row " + "x".join(str(v) for v in nearest["sizes"].values())
-    else:
-        us, provenance = analytic(m, k, n, r, device, dtype.itemsize), "analytic"
-    forward = "split" if dtype in SIXTEEN_BIT else min(("split", "accumulate", "fold"), key=us.__getitem__)
+    us, provenance = _microseconds(op, m, k, n, r, dtype, device)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
     gradients = ("thin", "full") if full and dtype != torch.float16 else ("thin",)
-    best, chosen = math.inf, ("split", "thin")
+    best, chosen = math.inf, Plan("split", "split", "thin", provenance)
     for dx in ("split", "accumulate", "fold") if need_x else ("split",):
         for adapter in gradients if need_adapter else ("thin",):
-            total = (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
+            keep = need_adapter and adapter == "thin"
+            form = forward_form(op, m, k, n, r, dtype, device, keep)
+            total = _forward_us(us, form, keep)
+            total += (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
             if needs_ds(dx, adapter, need_x, need_adapter):
                 total += us["ds"]
             if total < best:
-                best, chosen = total, (dx, adapter)
-    return Plan(forward, *chosen, provenance)
+                best, chosen = total, Plan(form, dx, adapter, provenance)
+    return chosen
 
 
 def needs_ds(input_grad: str, adapter_grad: str, need_x: bool, need_adapter: bool) -> bool:
     """Whether these forms use dS = dY b."""
     return (need_adapter and adapter_grad == "thin") or (need_x and input_grad != "fold")
+
+
+def product(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    """alpha p q, without a pass for alpha."""
+    return p.mm(q) if alpha == 1.0 else torch.addmm(p.new_empty(1), p, q, beta=0, alpha=alpha)
 
 
 def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
@@ -126,13 +156,19 @@ def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
     return b if scale == 1.0 else b * scale
 
 
-def fold(weight: Tensor, a: Tensor, bs: Tensor) -> Tensor:
-    """W + bs a in W's dtype and memory format; for a linear layer or a convolution."""
+def wants_adapter_grad(a: Tensor, b: Tensor) -> bool:
+    """Whether dA or dB will be asked for, and the call is an eager one: under torch.compile, where sizes may be symbols
+    and no form is known yet, backward computes S again."""
+    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad) and not torch.compiler.is_compiling()
+
+
+def fold(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """W + alpha b a in W's dtype and memory format; for a linear layer or a convolution."""
     if weight.dim() == 4 and weight.stride(1) == 1 and not weight.is_contiguous():  # channels last
         rows = weight.permute(0, 2, 3, 1)
-        folded = torch.addmm(rows.flatten(1), bs.flatten(1), a.permute(0, 2, 3, 1).flatten(1))
+        folded = torch.addmm(rows.flatten(1), b.flatten(1), a.permute(0, 2, 3, 1).flatten(1), alpha=alpha)
         return folded.view(rows.shape).permute(0, 3, 1, 2)
-    return torch.addmm(weight.flatten(1), bs.flatten(1), a.flatten(1)).view(weight.shape)
+    return torch.addmm(weight.flatten(1), b.flatten(1), a.flatten(1), alpha=alpha).view(weight.shape)
 
 
 def fold_weight(
@@ -146,8 +182,7 @@ def fold_weight(
     """
     with torch.no_grad():
         work = torch.promote_types(weight.dtype, torch.float32)
-        bs = b.to(work) * scale
-        return fold(weight.to(work), a.to(work), bs).to(dtype or weight.dtype)
+        return fold(weight.to(work), a.to(work), b.to(work) * scale, 1.0).to(dtype or weight.dtype)
 
 
 def check(

@@ -7,10 +7,12 @@
 
 _lora.py names the exact forms (split, accumulate, fold; thin, full); the cheapest is taken and `explain` shows it.
 In 16 bit the base convolution, the update and the bias are added before the one rounding where the CPU has oneDNN;
-elsewhere the update is added to the rounded sum. x, y and dX have x's memory format.
+elsewhere the update is added to the rounded sum. y and dX are channels_last where x or W is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,9 @@ CASES = (
     _case("emoji_64_16", 32, 64, 64, 16, 3, 32),
     _case("emoji_64_16_last", 32, 64, 64, 16, 3, 32, channels_last=True),
     _case("emoji_128_8", 32, 128, 128, 8, 3, 32),
+    _case("emoji_128_4_last", 32, 128, 128, 4, 3, 32, channels_last=True),
+    _case("emoji_256_128_8_last", 32, 256, 128, 8, 3, 32, channels_last=True),
+    _case("emoji_192_64_16_last", 32, 192, 64, 16, 3, 32, channels_last=True),
     _case("emoji_192_4", 32, 192, 192, 4, 3, 32),
     _case("emoji_down_64", 32, 64, 64, 16, 3, 32, stride=2),
     _case("emoji_shortcut", 32, 192, 64, 16, 1, 32),
@@ -89,6 +94,7 @@ def reference(
     scale_tensor: Tensor | None,
     stride: list[int],
     padding: list[int],
+    keep: bool = False,
 ) -> Tensor:
     """The definition, as written."""
     factor = scale if scale_tensor is None else scale * scale_tensor
@@ -105,9 +111,13 @@ def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int])
     return [x.shape[0], weight.shape[0], *spatial]
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+def _is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """channels_last where x or the weight is, as torch's convolution has it."""
+    return torch.channels_last if _is_last(x) or _is_last(weight) else torch.contiguous_format
 
 
 def _sizes(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> tuple[int, int, int, int]:
@@ -125,13 +135,14 @@ def forward_form(
     bias: Tensor | None,
     a: Tensor,
     bs: Tensor,
+    s: Tensor | None,
     stride: list[int],
     padding: list[int],
 ) -> Tensor:
-    """y by one form."""
-    if form == "fold":
-        return F.conv2d(x, _lora.fold(weight, a, bs), bias, stride, padding)
-    update = F.conv2d(F.conv2d(x, a, None, stride, padding), bs)
+    """y by one form; s = conv(x, a), which fold does without."""
+    if form == "fold" or s is None:
+        return F.conv2d(x, _lora.fold(weight, a, bs, 1.0), bias, stride, padding)
+    update = F.conv2d(s, bs)
     if form == "split" and x.device.type == "cpu" and torch.backends.mkldnn.is_available() and x.numel():
         if x.dtype in (torch.float32, torch.bfloat16):  # oneDNN adds the update before it stores: one rounding
             return torch.ops.mkldnn._convolution_pointwise.binary(
@@ -166,48 +177,45 @@ def input_grad_form(
 ) -> Tensor:
     """dX by one form; ds = conv1x1^T(dY, bs), which fold does without."""
     if form == "fold" or ds is None:
-        return _grads(dy, x, _lora.fold(weight, a, bs), stride, padding, True, False)[0]
+        return _grads(dy, x, _lora.fold(weight, a, bs, 1.0), stride, padding, True, False)[0]
     dx = _grads(dy, x, weight, stride, padding, True, False)[0]
     return dx.add_(_grads(ds, x, a, stride, padding, True, False)[0])
 
 
 def adapter_grad_form(
-    form: str, dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, a: Tensor, bs: Tensor, stride: list[int],
-    padding: list[int],
+    form: str, dy: Tensor, ds: Tensor | None, x: Tensor, s: Tensor | None, weight: Tensor, a: Tensor, bs: Tensor,
+    stride: list[int], padding: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dA, dB / scale) by one form."""
+    """(dA, dB / scale) by one form; s = conv(x, a) where forward kept it."""
     if form == "full" or ds is None:
         g = _grads(dy, x, weight, stride, padding, False, True)[1].flatten(1)
         return bs.flatten(1).t().mm(g).view(a.shape), g.mm(a.flatten(1).t()).view(bs.shape)
-    s = F.conv2d(x, a, None, stride, padding)
+    s = F.conv2d(x, a, None, stride, padding) if s is None else s
     return _grads(ds, x, a, stride, padding, False, True)[1], _grads(dy, s, bs, [1, 1], [0, 0], False, True)[1]
 
 
 def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], *needs: bool) -> _lora.Plan:
     # oneDNN's fp32 weight gradient of a 3x3 kernel in (B, C, H, W) order is four times too inexact for dB
-    full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _layout(x) == torch.channels_last
+    full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _layout(x, weight) == torch.channels_last
     return _lora.plan("lora_conv2d", *_sizes(x, weight, a, stride, padding), x.dtype, x.device.type, *needs, full=full)
 
 
 def _forms(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-) -> Tensor:
-    form = _plan(x, weight, a, stride, padding).forward
-    y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), stride, padding)
-    return y.contiguous(memory_format=_layout(x))
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    stride: list[int], padding: list[int], keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sizes = _sizes(x, weight, a, stride, padding)
+    form = _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, keep)
+    s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
+    y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
+    layout = _layout(x, weight)
+    return y.contiguous(memory_format=layout), s.contiguous(memory_format=layout) if keep else x.new_empty(0)
 
 
 def _forms_backward(
     dy: Tensor,
     x: Tensor,
+    s: Tensor,
     weight: Tensor,
     a: Tensor,
     b: Tensor,
@@ -226,9 +234,10 @@ def _forms_backward(
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     if need_x:
         dx = input_grad_form(chosen.input_grad, dy, ds, x, weight, a, bs, stride, padding)
-        dx = dx.contiguous(memory_format=_layout(x))
+        dx = dx.contiguous(memory_format=_layout(x, weight))
     if need_adapter:
-        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, weight, a, bs, stride, padding)
+        kept = s if s.dim() == 4 else None
+        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, kept, weight, a, bs, stride, padding)
         da, db = da.contiguous(), _lora.scaled(db, scale, scale_tensor).contiguous()
     return dx, da, db
 
@@ -246,6 +255,7 @@ def _check(
     scale_tensor: Tensor | None,
     stride: list[int],
     padding: list[int],
+    keep: bool,
 ) -> None:
     _lora.check("lora_conv2d", x, weight, bias, a, b, scale_tensor)
     if weight.dim() != 4:
@@ -263,32 +273,45 @@ def _check(
         raise ValueError(f"lora_conv2d: padding is {list(padding)}, expected one or two integers, none negative")
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: object) -> Tensor:
-    stride, padding = rest[2:]
-    return x.new_empty(_out_shape(x, weight, stride, padding)).contiguous(memory_format=_layout(x))
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    stride: list[int], padding: list[int], keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, out, height, width = _out_shape(x, weight, stride, padding)
+    layout = _layout(x, weight)
+    y = x.new_empty(batch, out, height, width).contiguous(memory_format=layout)
+    s = x.new_empty(batch, a.shape[0], height, width).contiguous(memory_format=layout) if keep else x.new_empty(0)
+    return y, s
 
 
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def _fake_backward(
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_adapter = rest[-2:]
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x)) if need_x else x.new_empty(0),
+        x.new_empty(x.shape).contiguous(memory_format=_layout(x, weight)) if need_x else x.new_empty(0),
         a.new_empty(a.shape if need_adapter else 0),
         b.new_empty(b.shape if need_adapter else 0),
     )
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding = inputs
-    ctx.save_for_backward(x, weight, a, b, scale_tensor)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b, scale_tensor)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, scale_tensor = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
+    x, s, weight, a, b, scale_tensor = ctx.saved_tensors
     need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
     dx, da, db = BACKWARD.run(
-        dy, x, weight, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, need_x, need_a or need_b
+        dy, x, s, weight, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, need_x, need_a or need_b
     )
-    return dx if need_x else None, None, None, da if need_a else None, db if need_b else None, None, None, None, None
+    grads = dx if need_x else None, None, None, da if need_a else None, db if need_b else None
+    return *grads, None, None, None, None, None
 
 
 def _public_plan(
@@ -300,8 +323,8 @@ def _public_plan(
 
 BACKWARD = Op(
     "lora_conv2d_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
-    "SymInt[] padding, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, "
+    "SymInt[] stride, SymInt[] padding, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)",
     reference=_forms_backward,
     fake=_fake_backward,
 )
@@ -309,7 +332,7 @@ BACKWARD = Op(
 OP = Op(
     "lora_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
-    "SymInt[] padding) -> Tensor",
+    "SymInt[] padding, bool keep) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     check=_check,
@@ -317,6 +340,7 @@ OP = Op(
     differentiable=("x", "a", "b"),
     backward=_backward,
     setup_context=_setup_context,
+    result=lambda output: output[0],
     cases=CASES,
     cost=cost,
     plan=_public_plan,
@@ -338,9 +362,20 @@ def lora_conv2d(
 
     x (batch, in, height, width), weight (out, in, kh, kw), bias (out,) or None, a (r, in, kh, kw), b (out, r, 1, 1),
     all of one floating-point dtype and device; scale a float or a 0-d tensor; stride and padding as in
-    torch.nn.functional.conv2d, without dilation or groups. Returns (batch, out, height', width') in x's memory format.
+    torch.nn.functional.conv2d, without dilation or groups. Returns (batch, out, height', width'), channels_last if x or
+    weight is.
     Differentiable in x, a and b; weight and bias are frozen and get no gradient. An adapter of another dtype than x is
     cast to x's, and its gradients come back in its own; torch.autocast is honoured.
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
-    return OP(*_lora.arguments(x, weight, bias, a, b, scale), _pair(stride), _pair(padding))
+    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
+    pairs = _pair(stride), _pair(padding)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
+    return OP(x, weight, bias, a, b, factor, scale_tensor, *pairs, keep)
+
+
+def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
+    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or min(stride) < 1:
+        return False  # the check has a word for it
+    return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad == "thin"

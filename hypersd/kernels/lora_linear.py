@@ -9,6 +9,8 @@ _lora.py names the exact forms (split, accumulate, fold; thin, full); the cheape
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,9 @@ CASES = (
     _case("emoji_64x128x128", (32, 64), 128, 128, 32),
     _case("emoji_64x128x1024", (32, 64), 128, 1024, 32),
     _case("emoji_16x256x256", (32, 16), 256, 256, 32),
+    _case("emoji_64x512x128", (32, 64), 512, 128, 32),
+    _case("emoji_16x128x128", (32, 16), 128, 128, 32, bias=False),
+    _case("emoji_time_256x128", (32,), 256, 128, 32),
     _case("emoji_text_16x128x64", (32, 16), 128, 64, 32, bias=False),
     _case("emoji_text_16x128x256", (32, 16), 128, 256, 32, bias=False),
     _case("odd", (3, 7), 13, 11, 5, bench=False),
@@ -67,83 +72,90 @@ def cost(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    keep: bool = False,
+) -> Tensor:  # fmt: skip
     """The definition, as written."""
     factor = scale if scale_tensor is None else scale * scale_tensor
     return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b) * factor
 
 
-# ---- the forms in ATen products; bs = scale b -------------------------------------------------------------------
+# ---- the forms in ATen products; alpha is the scale -------------------------------------------------------------
 
 
-def forward_form(form: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, bs: Tensor) -> Tensor:
-    """y by one form; x is (M, K)."""
-    if form == "fold":
-        return F.linear(x, _lora.fold(weight, a, bs), bias)
-    thin = x.mm(a.t())
+def forward_form(
+    form: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float, s: Tensor | None
+) -> Tensor:
+    """y by one form; x is (M, K), s = x a^T (fold does without)."""
+    if form == "fold" or s is None:
+        return F.linear(x, _lora.fold(weight, a, b, alpha), bias)
     if form == "accumulate":
-        return F.linear(x, weight, bias).addmm_(thin, bs.t())
+        return F.linear(x, weight, bias).addmm_(s, b.t(), alpha=alpha)
+    if bias is not None and x.dtype not in _lora.SIXTEEN_BIT:
+        return torch.addmm(bias, s, b.t(), alpha=alpha).addmm_(x, weight.t())
+    update = _lora.product(s, b.t(), alpha)  # without the bias, whose rounding would swallow a small update
     if bias is None:
-        return thin.mm(bs.t()).addmm_(x, weight.t())
-    if x.dtype not in _lora.SIXTEEN_BIT:
-        return torch.addmm(bias, thin, bs.t()).addmm_(x, weight.t())
-    update = thin.mm(bs.t())  # without the bias, whose rounding would swallow a small update
+        return update.addmm_(x, weight.t())
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise.binary(x, update, weight, bias, "add")  # the three, rounded once
     return update.addmm_(x, weight.t()).add_(bias)
 
 
-def input_grad_form(form: str, dy: Tensor, ds: Tensor | None, weight: Tensor, a: Tensor, bs: Tensor) -> Tensor:
-    """dX by one form; dy is (M, N), ds = dy bs (fold does without)."""
+def input_grad_form(
+    form: str, dy: Tensor, ds: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, alpha: float
+) -> Tensor:
+    """dX by one form; dy is (M, N), ds = alpha dy b (fold does without)."""
     if form == "fold" or ds is None:
-        return dy.mm(_lora.fold(weight, a, bs))
+        return dy.mm(_lora.fold(weight, a, b, alpha))
     if form == "accumulate":
         return dy.mm(weight).addmm_(ds, a)
     return ds.mm(a).addmm_(dy, weight)
 
 
 def adapter_grad_form(
-    form: str, dy: Tensor, ds: Tensor | None, x: Tensor, a: Tensor, bs: Tensor
+    form: str, dy: Tensor, ds: Tensor | None, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB / scale) by one form; dy is (M, N), x is (M, K)."""
+    """(dA, dB) by one form; dy is (M, N), x is (M, K), s = x a^T where forward kept it."""
     if form == "full" or ds is None:
         g = dy.t().mm(x)
-        return bs.t().mm(g), g.mm(a.t())
-    return ds.t().mm(x), dy.t().mm(x.mm(a.t()))
+        return _lora.product(b.t(), g, alpha), _lora.product(g, a.t(), alpha)
+    return ds.t().mm(x), _lora.product(dy.t(), x.mm(a.t()) if s is None else s, alpha)
 
 
 def _forms(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, k = weight.shape
     rows = x.reshape(-1, k)
-    form = _lora.plan("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type).forward
-    return forward_form(form, rows, weight, bias, a, _lora.scaled(b, scale, scale_tensor)).view(*x.shape[:-1], n)
+    form = _lora.forward_form("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type, keep)
+    s = rows.mm(a.t()) if keep or form != "fold" else None
+    if scale_tensor is not None:
+        b, scale = _lora.scaled(b, scale, scale_tensor), 1.0
+    y = forward_form(form, rows, weight, bias, a, b, scale, s).view(*x.shape[:-1], n)
+    return y, s if keep and s is not None else x.new_empty(0)
 
 
 def _forms_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    need_x: bool,
-    need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    need_x: bool, need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, k = weight.shape
     rows, dy = x.reshape(-1, k), dy.reshape(-1, n)
     chosen = _lora.plan("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type, need_x, need_adapter)
-    bs = _lora.scaled(b, scale, scale_tensor)
-    ds = dy.mm(bs) if _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter) else None
+    alpha = scale
+    if scale_tensor is not None:
+        b, alpha = _lora.scaled(b, scale, scale_tensor), 1.0
+    thin = _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter)
+    ds = _lora.product(dy, b, alpha) if thin else None
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     if need_x:
-        dx = input_grad_form(chosen.input_grad, dy, ds, weight, a, bs).view(x.shape)
+        dx = input_grad_form(chosen.input_grad, dy, ds, weight, a, b, alpha).view(x.shape)
     if need_adapter:
-        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, rows, a, bs)
-        db = _lora.scaled(db, scale, scale_tensor)
+        kept = s if s.dim() == 2 else None
+        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, rows, kept, a, b, alpha)
+        if scale_tensor is not None:
+            db = _lora.scaled(db, scale, scale_tensor)
     return dx, da, db
 
 
@@ -292,29 +304,24 @@ def _outer(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return _forms(x, weight, bias, a, b, scale, scale_tensor)
+        return _forms(x, weight, bias, a, b, scale, scale_tensor, keep)
     n, k = weight.shape
     rows, weight, a, b = x.reshape(-1, k).contiguous(), weight.contiguous(), a.contiguous(), b.contiguous()
-    y = _expand(_shrink(rows, a, True), b, rows, weight, bias, scale, scale_tensor, True)
-    return y.view(*x.shape[:-1], n)
+    s = _shrink(rows, a, True)
+    y = _expand(s, b, rows, weight, bias, scale, scale_tensor, True)
+    return y.view(*x.shape[:-1], n), s if keep else x.new_empty(0)
 
 
 def _triton_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    scale_tensor: Tensor | None,
-    need_x: bool,
-    need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    need_x: bool, need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return _forms_backward(dy, x, weight, a, b, scale, scale_tensor, need_x, need_adapter)
+        return _forms_backward(dy, x, s, weight, a, b, scale, scale_tensor, need_x, need_adapter)
     n, k = weight.shape
     rows, dy = x.reshape(-1, k).contiguous(), dy.reshape(-1, n).contiguous()
     weight, a, b = weight.contiguous(), a.contiguous(), b.contiguous()
@@ -325,59 +332,38 @@ def _triton_backward(
     if need_adapter:
         factor = scale if scale_tensor is None else scale * scale_tensor
         da = (_outer(ds, rows) * factor).to(a.dtype)
-        db = (_outer(_shrink(rows, a, True), dy) * factor).to(b.dtype).t().contiguous()
+        db = (_outer(s if s.dim() == 2 else _shrink(rows, a, True), dy) * factor).to(b.dtype).t().contiguous()
     return dx, da, db
 
 
 def programs() -> list[Program]:
     """The variants that ship, for the offline gate."""
-    dtypes = {"*bf16": torch.bfloat16}
+    dtype, pointer = torch.bfloat16, "*bf16"
+    small, sizes = Config({}, 4, 3), ("m", "k", "n", "r", "c", "chunk")
+
+    def program(name: str, kernel: Any, types: dict, constants: dict, config: Config, registers: int) -> Program:
+        types |= {size: "i32" for size in kernel.arg_names if size in sizes}
+        divisible = tuple(n for n in types if n not in ("m", "scale", "scale_tensor"))
+        ordered = {name: types[name] for name in kernel.arg_names if name in types}
+        constants = constants | {"WIDEN": False}
+        return Program(name, kernel, ordered, constants, config, divisible, dot=True, max_registers=registers)
+
     made = []
-    for pointer, dtype in dtypes.items():
-        for nt in (True, False):
-            way = "nt" if nt else "nn"
-            made.append(
-                Program(
-                    f"shrink_{way}_{pointer[1:]}",
-                    _shrink_kernel,
-                    {"x": pointer, "w": pointer, "out": pointer, "m": "i32", "k": "i32", "r": "i32"},
-                    {"NT": nt, "BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 64, "WIDEN": False},
-                    Config({}, 4, 3),
-                    ("x", "w", "out", "k", "r"),
-                    dot=True,
-                    max_registers=128,
-                )
-            )
-            for config in (_config(8192, 2560, 640, 64, dtype), _config(1024, 640, 640, 64, dtype)):
-                flags = {"NT": nt, "HAS_BIAS": nt, "HAS_SCALE": True, "WIDEN": False}
-                made.append(
-                    Program(
-                        f"expand_{way}_{config.blocks['BLOCK_N']}_{pointer[1:]}",
-                        _expand_kernel,
-                        {
-                            **dict.fromkeys(("s", "u", "x", "w", "bias"), pointer),
-                            **{"scale_tensor": "*fp32", "y": pointer, "scale": "fp32"},
-                            **dict.fromkeys(("m", "n", "k", "r"), "i32"),
-                        },
-                        {**flags, **config.blocks},
-                        config,
-                        ("s", "u", "x", "w", "bias", "y", "n", "k", "r"),
-                        dot=True,
-                        max_registers=168,
-                    )
-                )
-        made.append(
-            Program(
-                f"outer_{pointer[1:]}",
-                _outer_kernel,
-                {"u": pointer, "v": pointer, "out": "*fp32", **dict.fromkeys(("m", "r", "c", "chunk"), "i32")},
-                {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_M": 64, "WIDEN": False},
-                Config({}, 4, 3),
-                ("u", "v", "out", "r", "c", "chunk"),
-                dot=True,
-                max_registers=128,
-            )
-        )
+    for nt in (True, False):
+        types = dict.fromkeys(("x", "w", "out"), pointer)
+        blocks = {"NT": nt, "BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 64}
+        made.append(program(f"shrink_{'nt' if nt else 'nn'}", _shrink_kernel, types, blocks, small, 128))
+        for m in (8192, 1024):
+            config = _config(m, 2560, 640, 64, dtype) if m == 8192 else _config(m, 640, 640, 64, dtype)
+            types = dict.fromkeys(("s", "u", "x", "w", "bias", "y"), pointer) | {
+                "scale_tensor": "*fp32",
+                "scale": "fp32",
+            }
+            flags = {"NT": nt, "HAS_BIAS": nt, "HAS_SCALE": True, **config.blocks}
+            name = f"expand_{'nt' if nt else 'nn'}_{config.blocks['BLOCK_N']}"
+            made.append(program(name, _expand_kernel, types, flags, config, 168))
+    types = {"u": pointer, "v": pointer, "out": "*fp32"}
+    made.append(program("outer", _outer_kernel, types, {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_M": 64}, small, 128))
     return made
 
 
@@ -385,8 +371,9 @@ def programs() -> list[Program]:
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    keep: bool,
+) -> None:  # fmt: skip
     _lora.check("lora_linear", x, weight, bias, a, b, scale_tensor)
     if weight.dim() != 2:
         raise ValueError(f"lora_linear: weight has shape {tuple(weight.shape)}, expected (out, in)")
@@ -399,12 +386,15 @@ def _check(
         raise ValueError(f"lora_linear: b has shape {tuple(b.shape)}, expected ({n}, {a.shape[0]})")
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty((x.shape[:-1].numel(), a.shape[0]) if keep else 0)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
     need_x: bool, need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
@@ -414,16 +404,21 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, a, b, ctx.scale, scale_tensor = inputs
-    ctx.save_for_backward(x, weight, a, b, scale_tensor)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, a, b, ctx.scale, scale_tensor, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b, scale_tensor)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, scale_tensor = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, s, weight, a, b, scale_tensor = ctx.saved_tensors
     need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    dx, da, db = BACKWARD.run(dy, x, weight, a, b, ctx.scale, scale_tensor, need_x, need_a or need_b)
-    return dx if need_x else None, None, None, da if need_a else None, db if need_b else None, None, None
+    dx, da, db = BACKWARD.run(dy, x, s, weight, a, b, ctx.scale, scale_tensor, need_x, need_a or need_b)
+    grads = dx if need_x else None, None, None, da if need_a else None, db if need_b else None
+    return *grads, None, None, None
 
 
 def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> _lora.Plan:
@@ -440,8 +435,8 @@ def _triton_config(
 
 BACKWARD = Op(
     "lora_linear_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, bool need_x, "
-    "bool need_adapter) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float scale, Tensor? scale_tensor, "
+    "bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)",
     reference=_forms_backward,
     fake=_fake_backward,
     triton=_triton_backward,
@@ -449,7 +444,8 @@ BACKWARD = Op(
 
 OP = Op(
     "lora_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor, bool keep) "
+    "-> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     check=_check,
@@ -458,6 +454,7 @@ OP = Op(
     differentiable=("x", "a", "b"),
     backward=_backward,
     setup_context=_setup_context,
+    result=lambda output: output[0],
     cases=CASES,
     cost=cost,
     config=_triton_config,
@@ -476,4 +473,15 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     gradients come back in its own; inside torch.autocast everything is cast as for torch.nn.functional.linear.
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
-    return OP(*_lora.arguments(x, weight, bias, a, b, scale))
+    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a)
+    return OP(x, weight, bias, a, b, factor, scale_tensor, keep)
+
+
+def _keep(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether forward hands S = x a^T on to backward: where dA and dB will be taken from it."""
+    if weight.dim() != 2 or not x.dim() or not a.dim():
+        return False  # the check has a word for it
+    m, need_x = x.shape[:-1].numel(), x.requires_grad
+    chosen = _lora.plan("lora_linear", m, *reversed(weight.shape), a.shape[0], x.dtype, x.device.type, need_x, True)
+    return chosen.adapter_grad == "thin"
