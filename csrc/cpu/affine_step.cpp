@@ -115,8 +115,8 @@ Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor>
   STD_TORCH_CHECK(shape.dim > 0, "x: expected a batch dimension");
   const Coefficients k(coef, "coef", shape.size[0], 5);
   Output output(x, shape, k.rows > 1);
-  const View layout(output.work);
-  Tensor kept[5];
+  const View layout(output.work());
+  std::optional<Tensor> kept[5];
   Problem p{0, {}, {}, {}, &k, shape.numel / k.rows, layout.data, layout.type};
   bool wide = false;
   for (int j = 0; j < 5; ++j) {
@@ -125,8 +125,7 @@ Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor>
     STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of x");
     STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
     STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
-    kept[j] = matched(*tensors[j], view, layout);
-    p.data[p.terms] = data_of(kept[j]);
+    p.data[p.terms] = matched(*tensors[j], view, layout, kept[j]);
     p.type[p.terms] = view.type;
     p.column[p.terms++] = j;
     wide = wide || view.type == Type::float64;
@@ -148,13 +147,13 @@ std::vector<Tensor> affine_step_backward(Tensor grad, Tensor coef, int64_t neede
   for (int j = 0; j < 5; ++j) {
     if (!(needed >> j & 1)) continue;
     outputs.emplace_back(grad, shape, k.rows > 1);
-    p.out[p.outputs] = data_of(outputs.back().work);
+    p.out[p.outputs] = data_of(outputs.back().work());
     p.column[p.outputs++] = j;
   }
   std::vector<Tensor> result;
   if (outputs.empty()) return result;
-  const Tensor kept = matched(grad, shape, View(outputs[0].work));
-  p.grad = data_of(kept);
+  std::optional<Tensor> kept;
+  p.grad = matched(grad, shape, View(outputs[0].work()), kept);
   over_elements(shape.numel, [&](int64_t begin, int64_t end) {
     shape.type == Type::float64 ? scale_double(p, begin, end) : scale_float(p, begin, end);
   });

@@ -151,8 +151,8 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
   if (weight) w.emplace(*weight, "weight", batch);
 
   Output output(eps_student, shape, true);
-  const View layout(output.work);
-  Tensor kept[4];
+  const View layout(output.work());
+  std::optional<Tensor> kept[4];
   Problem p{{}, {}, &k, width, (width + kChunk - 1) / kChunk, kind, c, nullptr, with_slope ? layout.data : nullptr,
             layout.type};
   bool wide = false;
@@ -161,8 +161,7 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
     STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of eps_student");
     STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
     STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
-    kept[j] = matched(*tensors[j], view, layout);
-    p.data[j] = data_of(kept[j]);
+    p.data[j] = matched(*tensors[j], view, layout, kept[j]);
     p.type[j] = view.type;
     wide = wide || view.type == Type::float64;
   }
@@ -205,13 +204,13 @@ Tensor consistency_loss_backward(Tensor slope, Tensor upstream, std::optional<Te
   const int64_t batch = shape.size[0];
   const bool mean = upstream.dim() == 0;
   Output output(slope, shape, true);
-  const View layout(output.work);
-  Tensor kept = matched(slope, shape, layout);
+  const View layout(output.work());
+  std::optional<Tensor> kept;
   std::optional<Vector> w;
   if (weight) w.emplace(*weight, "weight", batch);
   const int64_t width = batch ? shape.numel / batch : 0;
   const Vector u(upstream, "upstream", batch);
-  const Scaling p{data_of(kept), layout.data, shape.type, width, &u, w ? &*w : nullptr,
+  const Scaling p{matched(slope, shape, layout, kept), layout.data, shape.type, width, &u, w ? &*w : nullptr,
                   1.0 / (mean ? shape.numel : width)};
   const bool wide = shape.type == Type::float64;
   const auto run = [&](int64_t begin, int64_t end) { wide ? scale_double(p, begin, end) : scale_float(p, begin, end); };

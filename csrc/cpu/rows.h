@@ -60,9 +60,9 @@ struct View {
       if (size[d] != 1 && stride[d] != o.stride[d]) return false;
     return true;
   }
-  // Whether the dimensions from `first` on fill memory without gaps, in any order, and a batch dimension before them
-  // steps over whole samples.
-  bool dense(int64_t first) const {
+  // Whether the elements (of each sample, with samples one after the other) fill memory without gaps, in any order.
+  bool dense(bool per_sample) const {
+    const int64_t first = per_sample;
     if (numel == 0) return true;
     int64_t expected = 1;
     uint64_t used = 0;
@@ -75,8 +75,8 @@ struct View {
         }
       }
     }
-    const int64_t per_sample = first && size[0] ? numel / size[0] : numel;
-    return expected == per_sample && (first == 0 || size[0] == 1 || stride[0] == per_sample);
+    const int64_t width = per_sample ? numel / size[0] : numel;
+    return expected == width && (!per_sample || size[0] == 1 || stride[0] == width);
   }
 };
 
@@ -100,38 +100,34 @@ inline void over_elements(int64_t count, const F& run) {
   }
 }
 
-// An output like `x`, and how to walk it. `layout` is the output itself, or a contiguous stand-in copied back at the end
-// when the output's memory order does not keep samples apart.
+// An output like `x`, and where to compute it: in place, or in a contiguous stand-in copied back at the end when the
+// output's memory order does not keep samples apart. (A default-constructed stable Tensor costs two allocations.)
 struct Output {
-  Tensor result, work;
-  bool copy_back = false;
+  Tensor result;
+  std::optional<Tensor> stand_in;
 
-  Output(const Tensor& x, const View& view, bool per_sample) {
-    const int64_t first = per_sample && view.dim > 0;
-    if (view.dense(first)) {
-      result = work = empty_strided(view, view.stride, view.type);
-      return;
-    }
-    result = work = torch::stable::empty_like(x);  // torch's own rule for strides, as the fake implementation says
-    if (!View(result).dense(first)) {
+  Output(const Tensor& x, const View& view, bool per_sample)
+      : result(view.dense(per_sample) ? empty_strided(view, view.stride, view.type)
+                                      : torch::stable::empty_like(x)) {  // torch's own strides, as the fake says
+    if (!view.dense(per_sample) && !View(result).dense(per_sample)) {
       int64_t stride[64], running = 1;
       for (int64_t d = view.dim - 1; d >= 0; --d) stride[d] = running, running *= view.size[d] ? view.size[d] : 1;
-      work = empty_strided(view, stride, view.type);
-      copy_back = true;
+      stand_in = empty_strided(view, stride, view.type);
     }
   }
+  const Tensor& work() const { return stand_in ? *stand_in : result; }
   Tensor finish() {
-    if (copy_back) torch::stable::copy_(result, work);
+    if (stand_in) torch::stable::copy_(result, *stand_in);
     return result;
   }
 };
 
-// `t` in the memory order of `layout`: itself, or a copy.
-inline Tensor matched(const Tensor& t, const View& view, const View& layout) {
-  if (view.same_layout(layout)) return t;
-  Tensor copy = empty_strided(layout, layout.stride, view.type);
-  torch::stable::copy_(copy, t);
-  return copy;
+// The data of `t` in the memory order of `layout`: its own, or that of a copy kept in `copy`.
+inline const char* matched(const Tensor& t, const View& view, const View& layout, std::optional<Tensor>& copy) {
+  if (view.same_layout(layout)) return view.data;
+  copy = empty_strided(layout, layout.stride, view.type);
+  torch::stable::copy_(*copy, t);
+  return data_of(*copy);
 }
 
 // Numbers on the host: float64 or float32, any strides.
