@@ -144,9 +144,9 @@ def test_compiles_whole_with_dynamic_shapes(op):
         for inputs in group:
             leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
             out, plain = compiled(**inputs), op.function(**inputs)
-            assert torch.equal(out, plain)
+            torch.testing.assert_close(out, plain)
             found, expected = (torch.autograd.grad(y.sum(), leaves) for y in (out, plain))
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("op", EVERY)
