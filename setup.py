@@ -46,20 +46,20 @@ def source_hash() -> str:
     return scope["source_hash"](ROOT / "csrc")
 
 
+def say(reason: str) -> None:
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # steps of an installation that say it again
+        print(f"hypersd: no C++ kernels are built: {reason}; the operators run their reference", file=sys.stderr)
+
+
 class OptionalBuild(build_ext):
-    """Builds what can be built; a failing compiler leaves the pure-Python package and one line that says so."""
+    """A failing compiler leaves the pure-Python package and one line that says so."""
 
     def run(self) -> None:
-        reason = why_not()
-        if not reason:
-            try:
-                self.compiler = None
-                super().run()
-                return
-            except Exception as error:  # whatever a foreign tool chain does, the pure-Python package must install
-                reason = f"the build failed ({error})"
-        print(f"hypersd: no C++ kernels are built: {reason}; the operators run their reference", file=sys.stderr)
-        self.extensions = []
+        try:
+            super().run()
+        except Exception as error:  # whatever a foreign tool chain does, the pure-Python package must install
+            say(f"the build failed ({error})")
+            self.extensions = []
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # a library for torch.ops.load_library, not a Python module
@@ -88,8 +88,13 @@ def extension() -> Extension:
     )
 
 
-setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": OptionalBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+missing = why_not()
+if missing:
+    say(missing)
+    setup()
+else:
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": OptionalBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
