@@ -346,6 +346,9 @@ OP = Op(
     plan=_public_plan,
 )
 
+for _op in (OP, BACKWARD):
+    _lora.skip_dispatcher(_op)
+
 
 @OP.public
 def lora_conv2d(

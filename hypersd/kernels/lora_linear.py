@@ -20,6 +20,9 @@ from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, interpreted, jit, lookup, tl, triton
 
+FUSED = 1 << 18  # elements of y from which oneDNN's fused sum, 25 us dearer to call, saves more than that
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def _case(name: str, m: tuple[int, ...], k: int, n: int, r: int, *, bias: bool = True, bench: bool = True) -> Case:
     def make_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict:
@@ -96,7 +99,7 @@ def forward_form(
     update = _lora.product(s, b.t(), alpha)  # without the bias, whose rounding would swallow a small update
     if bias is None:
         return update.addmm_(x, weight.t())
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if update.numel() >= FUSED and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise.binary(x, update, weight, bias, "add")  # the three, rounded once
     return update.addmm_(x, weight.t()).add_(bias)
 
@@ -461,6 +464,9 @@ OP = Op(
     plan=_plan,
     programs=programs,
 )
+
+for _op in (OP, BACKWARD):
+    _lora.skip_dispatcher(_op)
 
 
 @OP.public
