@@ -21,7 +21,7 @@ from hypersd.evaluate.run import evaluate
 from hypersd.files import atomic_write
 from hypersd.models.export import load_lora
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.resolve import load_dataset, load_model, scene_references, writable
+from hypersd.resolve import has_bfloat16, load_dataset, load_model, pick_device, scene_references, writable
 from hypersd.sampling.sampler import sampler_for
 
 # network evaluations of one picture that one optimizer step costs a sample: teacher 2, target 1, student 1 + backward 2
@@ -65,7 +65,8 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
 
     started = time.monotonic()
     plan = BUDGETS[budget]
-    recipe = load_recipe(plan.recipe)
+    overrides = [] if has_bfloat16(pick_device(device)) else ["train.dtype=float32"]
+    recipe = load_recipe(plan.recipe, overrides)
     seed = recipe.train.seed
     training = writable(writable(out) / "training")
     components = load_model(recipe.model.path, device)

@@ -39,6 +39,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using there: a CPU without it would be slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def model_folder(path: str) -> Path:
     """The folder of a model; "embedded" is the one that comes with the package."""
     if path != EMBEDDED:

@@ -100,6 +100,23 @@ def test_an_option_of_the_recipe_decides_guidance_and_work(embedded):
     assert work["judge teacher"] == 50 * 100 and work["judge student/4"] == 400
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_only_where_the_machine_has_it(embedded, monkeypatch, native, dtype):
+    recipe = embedded / "tiny.toml"
+    recipe.write_text(RECIPE.replace("[train]", '[train]\ndtype = "bfloat16"'))
+    monkeypatch.setattr(demo, "has_bfloat16", lambda device: native)
+    trained = []
+
+    def stop(recipe, *arguments, **options):
+        trained.append(recipe.train.dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "Trainer", stop)
+    with pytest.raises(InterruptedError):
+        demo.run(embedded / "out")
+    assert trained == [dtype]
+
+
 def test_quick_and_full_recipes_are_shipped():
     for budget in ("quick", "full"):
         recipe = load_recipe(demo.BUDGETS[budget].recipe)
