@@ -4,7 +4,7 @@
 
 judges real scenes, their autoencoder reconstructions, the teacher at 50 network evaluations (25 guided DDIM steps) and
 the same solver at 1, 2, 4 and 8 steps, on held-out captions, and checks four conditions: captions are followed, the
-teacher is close to the autoencoder's floor, its pictures vary as real ones do, and fewer steps cost something. The table
+teacher is close to the autoencoder's floor, its pictures vary as real ones do, and fewer steps cost. The table
 is kept beside the weights as quality.json and grows row by row, so that an interrupted run goes on.
 """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -30,6 +33,16 @@ def build() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=START, eos_token=END, unk_token=UNKNOWN, pad_token=END, model_max_length=LENGTH
     )
+
+
+def save(folder: Path) -> None:
+    """Write the tokenizer's folder, naming the class that every transformers release knows."""
+    build().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
