@@ -58,7 +58,7 @@ class OptionalBuild(build_ext):
         try:
             super().run()
         except Exception as error:  # whatever a foreign tool chain does, the pure-Python package must install
-            say(f"the build failed ({error})")
+            say(f"the compiler failed ({type(error).__name__}; `python setup.py build_ext --inplace` shows its words)")
             self.extensions = []
 
     def get_export_symbols(self, ext: Extension) -> list[str]:

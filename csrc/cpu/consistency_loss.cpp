@@ -22,6 +22,16 @@ struct Problem {
   Type slope_type;
 };
 
+// 1 / v to about 1.5 ulp on the multipliers, for a normal v > 0: the divider is busy with the square root. Three Newton
+// steps from the guess that negating the exponent gives.
+HYPERSD_INLINE float reciprocal(float v) {
+  float r = bits_to_float(0x7ef311c7u - float_to_bits(v));
+  r *= 2.0f - v * r;
+  r *= 2.0f - v * r;
+  return r * (2.0f - v * r);
+}
+HYPERSD_INLINE double reciprocal(double v) { return 1.0 / v; }
+
 // Losses into `rho`, p1 rho'(d) into `slope` when wanted.
 template <class C, bool Slope>
 HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_RESTRICT d, C* HYPERSD_RESTRICT rho,
@@ -49,7 +59,7 @@ HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_REST
           rho[i] = square * root * inverse;
           slope[i] = p1 * (d[i] * ((root + c) * inverse));
         } else {
-          rho[i] = square / (root + c);
+          rho[i] = square * reciprocal(root + c);
         }
       }
       break;
