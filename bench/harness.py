@@ -1,4 +1,4 @@
-"""Correctness first, then time: every provider of an operation is judged against float64, and only what passes is timed.
+"""Correctness first, then time: every provider is judged against float64, and only what passes is timed.
 
 Providers of one case run interleaved in one process, so that a busy machine slows all alike; figures are the 20th, 50th
 and 80th percentile of single calls, and the ratio of medians is what may be quoted.
@@ -204,7 +204,12 @@ def compare(
 def schema_arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:
     """What the public function hands to the reference for these inputs."""
     seen: list[tuple[Any, ...]] = []
-    real, op.reference = op.reference, lambda *args: seen.append(args)
+
+    def record(*args: Any) -> Any:
+        seen.append(args)
+        return args[0]
+
+    real, op.reference = op.reference, record
     try:
         with use("reference"):
             op.function(**inputs)
@@ -255,9 +260,9 @@ def show(rows: list[Result], console: Console) -> None:
     providers = [p for p in dict.fromkeys(row.provider for row in rows) if p != OURS]
     table = Table(title=rows[0].op, title_justify="left", box=None, pad_edge=False)
     for column in ("case", "dtype", "mode", "error / eager's", f"{OURS} us"):
-        table.add_column(column, justify="left" if column in ("case", "dtype", "mode") else "right")
+        table.add_column(column, justify="left" if column in ("case", "dtype", "mode") else "right", no_wrap=True)
     for provider in providers:
-        table.add_column(f"{provider} /", justify="right")
+        table.add_column(f"{provider} /", justify="right", no_wrap=True)
     for group in _groups(rows):
         ours = group[OURS]
         cells = [ours.case, ours.dtype, ours.mode, _ratio_of_errors(ours)]
@@ -273,10 +278,8 @@ def show(rows: list[Result], console: Console) -> None:
         for mode in dict.fromkeys(row.mode for row in rows):
             ratios = [r.over_ours for r in rows if r.provider == provider and r.mode == mode and r.over_ours]
             if ratios:
-                console.print(
-                    f"  {provider} over {OURS}, {mode}: median {statistics.median(ratios):.2f}, least {min(ratios):.2f}, "
-                    f"most {max(ratios):.2f} of {len(ratios)}"
-                )
+                spread = f"median {statistics.median(ratios):.2f}, least {min(ratios):.2f}, most {max(ratios):.2f}"
+                console.print(f"  {provider} over {OURS}, {mode}: {spread} of {len(ratios)}")
 
 
 def _groups(rows: list[Result]) -> list[dict[str, Result]]:

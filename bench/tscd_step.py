@@ -192,6 +192,20 @@ def ours(
     return trainer
 
 
+def logged(folder: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of the run in this folder."""
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(entry["loss"], entry["grad_norm"]) for entry in entries]
+
+
+def judge(own: tuple[float, float], peers: tuple[float, float], dtype: torch.dtype) -> tuple[str, float]:
+    """(verdict, largest relative difference) of the loss and gradient norm of the same step."""
+    apart = max(abs(a - b) / abs(b) for a, b in zip(own, peers, strict=True))
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    green = apart <= limit
+    return "green" if green else f"red: loss or gradient norm differs by {apart:.1e}, allowed {limit:.0e}", apart
+
+
 def initial_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """Some adapter with b not 0, so that every gradient is at work."""
     from hypersd.models.backbone import Backbone
@@ -234,7 +248,7 @@ def measure(
 def _measure(
     unet: UNet2DConditionModel, data: RandomLatents, start: dict[str, Tensor], dtype: torch.dtype, seconds: float
 ) -> list[Result]:
-    peer_step = peer(copy.deepcopy(unet), dtype, data, start)
+    peer_step: Callable | None = peer(copy.deepcopy(unet), dtype, data, start)
     times: dict[str, list[float]] = {OURS: [], PEER: []}
     found: dict[str, list[tuple[float, float]]] = {OURS: [], PEER: []}
     mark = time.perf_counter()
@@ -243,7 +257,7 @@ def _measure(
         nonlocal mark
         times[OURS].append((time.perf_counter() - mark) * 1e6)
         begun = time.perf_counter()
-        found[PEER].append(peer_step(number))
+        found[PEER].append(peer_step(number))  # type: ignore[misc]
         times[PEER].append((time.perf_counter() - begun) * 1e6)
         mark = time.perf_counter()
 
@@ -255,15 +269,10 @@ def _measure(
     with tempfile.TemporaryDirectory() as folder:
         mark = time.perf_counter()
         ours(copy.deepcopy(unet), dtype, data, start, steps, after, Path(folder))
-        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            found[OURS].append((entry["loss"], entry["grad_norm"]))
-    del peer_step
+        found[OURS] = logged(Path(folder))
+    peer_step = None  # its memory is not ours to measure
 
-    (loss, norm), (peer_loss, peer_norm) = found[OURS][0], found[PEER][0]
-    apart = max(abs(loss - peer_loss) / abs(peer_loss), abs(norm - peer_norm) / abs(peer_norm))
-    limit = 1e-4 if dtype == torch.float32 else 3e-2
-    verdict = "green" if apart <= limit else f"red: loss and gradient norm differ by {apart:.1e}, allowed {limit:.0e}"
+    verdict, apart = judge(found[OURS][0], found[PEER][0], dtype)
 
     def two_peer_steps() -> Any:
         step = peer(copy.deepcopy(unet), dtype, data, start)

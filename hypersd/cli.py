@@ -172,13 +172,24 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="also write one JSON line a row")
     ] = None,
+    shapes: Annotated[str, typer.Option(help="only the cases of emoji, sd15 or sdxl [default: all]")] = "",
+    dtype: Annotated[list[str] | None, typer.Option(help="repeatable [default: float32 and bfloat16]")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="only this peer; repeatable [default: all]")] = None,
 ) -> None:
-    """Time the kernels against their peers; every row is checked for correctness before it is timed."""
+    """Time the kernels against their peers; every row is checked for correctness before it is timed.
+
+    Beside the operators there are sampler_step and tscd_step, a solver step and a whole training step.
+    """
     from hypersd import resolve
-    from hypersd.bench import main as run_bench
+
+    try:
+        from hypersd.bench import main as run_bench
+    except ModuleNotFoundError:  # a checkout that is not installed
+        from bench import main as run_bench
 
     resolve.pick_device(device)
-    code = run_bench(ops or [], device=device, json_path=json_file)
+    dtypes = dtype or ["float32", "bfloat16"]
+    code = run_bench(ops or [], device=device, json_path=json_file, shapes=shapes, dtypes=dtypes, peers=peer)
     if code:
         raise typer.Exit(code)
 

@@ -1,0 +1,160 @@
+"""The benchmark tells no lies: what is wrong gets no time, and peers compute what we compute."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+import bench
+from bench import harness, peers
+from hypersd.kernels._op import OPS
+
+QUIET = Console(quiet=True)
+
+
+def sin(x: torch.Tensor) -> torch.Tensor:
+    return torch.sin(x)
+
+
+def providers(**functions):
+    x = torch.linspace(-1, 1, 64)
+    exact = {"y": torch.sin(x.double())}
+    runners = {name: harness.Runner(lambda function=function: function(x)) for name, function in functions.items()}
+    rows = harness.compare("sin", "line", torch.float32, "forward", exact, runners, seconds=0.01)
+    return {row.provider: row for row in rows}
+
+
+def test_what_is_right_is_timed():
+    rows = providers(hypersd=sin, eager=sin, other=lambda x: torch.sin(x.double()).float())
+    for row in rows.values():
+        assert row.verdict == "green" and row.rounds >= harness.MIN_ROUNDS
+        assert 0 < row.p20 <= row.p50 <= row.p80
+    assert rows["hypersd"].over_ours == 1.0
+    assert rows["other"].over_ours == pytest.approx(rows["other"].p50 / rows["hypersd"].p50, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: torch.sin(x) * 1.001,
+        lambda x: torch.sin(x)[:-1],
+        lambda x: torch.full_like(x, float("nan")),
+        lambda x: torch.sin(x.bfloat16()).float(),
+    ],
+    ids=["off by 0.1 %", "an element short", "nan", "16 bit"],
+)
+def test_what_is_wrong_gets_no_time(wrong):
+    rows = providers(hypersd=wrong, eager=sin)
+    assert rows["hypersd"].verdict.startswith("red: error")
+    assert (rows["hypersd"].p20, rows["hypersd"].p50, rows["hypersd"].p80) == (None, None, None)
+    assert rows["eager"].p50 is not None and rows["eager"].over_ours is None
+
+
+def test_a_wrong_gradient_gets_no_time():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.sin(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream  # cos(x) forgotten
+
+    x = torch.linspace(-1, 1, 64)
+    upstream = harness._upstream(x).double()
+    exact = {"y": torch.sin(x.double()), "x": upstream * torch.cos(x.double())}
+    leaf = x.clone().requires_grad_()
+    runners = {
+        "hypersd": harness.Runner(lambda: Wrong.apply(leaf), {"x": leaf}),
+        "eager": harness.Runner(lambda: torch.sin(leaf), {"x": leaf}),
+    }
+    wrong, right = harness.compare("sin", "line", torch.float32, "full", exact, runners, seconds=0.01)
+    assert wrong.verdict.startswith("red") and wrong.p50 is None
+    assert right.verdict == "green" and right.p50 is not None
+
+
+def test_a_peer_that_fails_is_red_and_ours_may_not():
+    def fails(x):
+        raise RuntimeError("no such kernel")
+
+    rows = providers(hypersd=sin, eager=sin, peer=fails)
+    assert rows["peer"].verdict == "red: it failed" and rows["peer"].p50 is None
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        providers(hypersd=fails, eager=sin)
+
+
+def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
+    op = OPS["affine_step"]
+    real = op.function
+    options = {"dtypes": ["float32"], "shapes": "emoji_b1", "peers": [], "seconds": 0.01, "console": QUIET}
+    assert bench.main(["affine_step"], json_path=tmp_path / "good.jsonl", **options) == 0
+    monkeypatch.setattr(op, "function", lambda **inputs: real(**inputs) * 1.01)
+    assert bench.main(["affine_step"], json_path=tmp_path / "bad.jsonl", **options) == 1
+    good, bad = (
+        [json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in ("good", "bad")
+    )
+    assert {row["provider"] for row in good} == {"hypersd", "eager"}
+    assert all(row["p50"] for row in good) and all(row["torch"] == torch.__version__ for row in good)
+    forward = next(row for row in good if row["mode"] == "forward")
+    assert forward["bytes"] == 4 * 1024 * 4  # three tensors read, one written
+    assert all(row["p50"] is None for row in bad if row["provider"] == "hypersd")
+    assert all(row["p50"] for row in bad if row["provider"] == "eager")
+
+
+def test_unknown_names_are_refused():
+    said = Console(record=True, quiet=False, file=open("/dev/null", "w"))
+    assert bench.main(["no_such_op"], console=said) == 2
+    assert "no operator no_such_op" in said.export_text()
+    assert bench.main(["affine_step"], dtypes=["float12"], console=QUIET) == 2
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_conv2d"])
+def test_peft_peer_computes_the_same(name):
+    op = OPS[name]
+    case = next(case for case in op.cases if case.name.startswith("odd"))
+    inputs = case.inputs()
+    found = {p: harness.outputs(make(op, inputs), True) for p, make in (("peft", peers.peft), ("eager", peers.eager))}
+    assert found["peft"].keys() == {"y", "x", "a", "b"}
+    for key, value in found["eager"].items():
+        torch.testing.assert_close(found["peft"][key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_providers_take_turns():
+    calls: list[str] = []
+    harness.interleaved({n: lambda n=n: calls.append(n) for n in ("a", "b", "c")}, seconds=0.0)
+    timed = calls[6:]  # after two warm-up calls each
+    rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert len(rounds) == harness.MIN_ROUNDS
+    assert all(sorted(group) == ["a", "b", "c"] for group in rounds)
+    assert {group[0] for group in rounds} == {"a", "b", "c"}
+
+
+def test_percentiles():
+    assert harness.percentiles([float(i) for i in range(101)]) == (20.0, 50.0, 80.0)
+
+
+def test_arguments_of_the_reference_are_those_of_the_public_function():
+    op = OPS["affine_step"]
+    inputs = op.cases[0].inputs()
+    arguments = harness.schema_arguments(op, inputs)
+    assert arguments[0] is inputs["x"] and len(arguments) == 6
+    assert torch.equal(op.reference(*arguments), op.reference(*arguments))
+
+
+def test_the_table_shows_ratios(capsys):
+    rows = [
+        harness.Result("op", "c", "float32", "forward", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2)
+        for p, v in (("hypersd", 2.0), ("eager", 5.0))
+    ]
+    harness.show(rows, Console(width=160))
+    said = capsys.readouterr().out
+    assert "2.50" in said and "eager over hypersd, forward: median 2.50" in said
+
+
+def test_environment_stamp():
+    stamp = SimpleNamespace(**bench.environment.environment())
+    assert stamp.threads == torch.get_num_threads() and stamp.torch == torch.__version__ and stamp.cpu

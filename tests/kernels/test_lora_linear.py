@@ -1,0 +1,236 @@
+"""What is peculiar to lora_linear: its forms are one function, small updates survive 16 bit, PEFT is matched."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypersd.kernels import _lora, explain, lora_linear, use
+
+op_file = importlib.import_module("hypersd.kernels.lora_linear")
+FORMS = ("split", "accumulate", "fold")
+
+
+def layer(
+    *rows: int, k: int = 24, n: int = 40, r: int = 6, dtype: torch.dtype = torch.float64, bias: bool = True
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, std: float) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
+
+    return {
+        "x": draw(*rows, k, std=1.0),
+        "weight": draw(n, k, std=k**-0.5),
+        "bias": draw(n, std=1.0) if bias else None,
+        "a": draw(r, k, std=k**-0.5),
+        "b": draw(n, r, std=r**-0.5),
+    }
+
+
+def gradients(inputs: dict, scale: float | Tensor = 0.7) -> tuple[Tensor, ...]:
+    leaves = [inputs[name].detach().clone().requires_grad_() for name in ("x", "a", "b")]
+    y = lora_linear(leaves[0], inputs["weight"], inputs["bias"], leaves[1], leaves[2], scale)
+    return y.detach(), *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel()).to(y)).view_as(y))
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Force a form of each of y, dX and (dA, dB)."""
+
+    def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
+        monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
+        plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
+        monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)
+
+    return force
+
+
+@pytest.mark.parametrize(("forward", "input_grad", "adapter_grad"), itertools.product(FORMS, FORMS, ("thin", "full")))
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_form_is_the_definition(take, forward, input_grad, adapter_grad, bias):
+    inputs = layer(3, 7, bias=bias)
+    with use("reference"):
+        expected = gradients(inputs)
+    take(forward, input_grad, adapter_grad)
+    for found, exact in zip(gradients(inputs), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_adapter_is_the_base_layer_bit_for_bit(take, form, bias):
+    inputs = layer(64, k=96, n=80, dtype=torch.float32, bias=bias)
+    take(form)
+    y = lora_linear(**inputs | {"b": torch.zeros_like(inputs["b"])}, scale=0.7)
+    assert torch.equal(y, F.linear(inputs["x"], inputs["weight"], inputs["bias"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [700, 2048])  # below and above the size from which oneDNN adds the three at once
+def test_a_small_update_survives_16_bit(dtype, bias, rows):
+    """b at 1e-4 of W: the share of the update found in y is 1; summed after a rounding, or folded, it is near 0."""
+    inputs = layer(rows, k=320, n=320, r=64, dtype=dtype, bias=bias)
+    inputs["b"] = inputs["b"] * 1e-4
+    wide = {name: None if t is None else t.double() for name, t in inputs.items()}
+    base = F.linear(wide["x"], wide["weight"], wide["bias"])
+    update = wide["x"] @ wide["a"].t() @ wide["b"].t()
+
+    def share(y: Tensor) -> float:
+        return float(((y.double() - base) * update).sum() / update.square().sum())
+
+    assert share(lora_linear(**inputs, scale=1.0)) == pytest.approx(1.0, abs=0.25)
+    folded = F.linear(inputs["x"], _lora.fold_weight(inputs["weight"], inputs["a"], inputs["b"], 1.0), inputs["bias"])
+    assert share(folded) < 0.6
+
+
+def test_folded_weight_is_the_layer():
+    inputs = layer(5, dtype=torch.float32)
+    weight = _lora.fold_weight(inputs["weight"], inputs["a"], inputs["b"], 0.7)
+    y = F.linear(inputs["x"], weight, inputs["bias"])
+    torch.testing.assert_close(y, lora_linear(**inputs, scale=0.7))
+    assert not weight.requires_grad
+    narrow = {name: inputs[name].bfloat16() for name in ("weight", "a", "b")}
+    assert _lora.fold_weight(**narrow, scale=0.7, dtype=torch.float32).dtype == torch.float32
+
+
+def test_peft_layer():
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    inputs = layer(9, k=64, n=48, r=8, dtype=torch.float32)
+    base = torch.nn.Linear(64, 48)
+    base.load_state_dict({"weight": inputs["weight"], "bias": inputs["bias"]})
+    peft = Linear(base, "default", LoraConfig(r=8, lora_alpha=4), r=8, lora_alpha=4)
+    peft.lora_A["default"].weight.data, peft.lora_B["default"].weight.data = inputs["a"], inputs["b"]
+    x = inputs["x"].clone().requires_grad_()
+    y = peft(x)
+    upstream = torch.cos(torch.arange(y.numel()).to(y)).view_as(y)
+    leaves = [x, peft.lora_A["default"].weight, peft.lora_B["default"].weight]
+    expected = y.detach(), *torch.autograd.grad(y, leaves, upstream)
+    for found, other in zip(gradients(inputs, 0.5), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_moves_into_b():
+    inputs = layer(6, 5, dtype=torch.float32)
+    y = lora_linear(**inputs, scale=4.0)
+    assert torch.equal(y, lora_linear(**inputs | {"b": inputs["b"] * 4}, scale=1.0))
+
+
+def test_scale_as_a_tensor():
+    inputs = layer(6, 5)
+    for found, expected in zip(gradients(inputs, torch.tensor(0.7)), gradients(inputs, 0.7), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_gradcheck_of_the_forms():
+    inputs = layer(2, 3, k=5, n=4, r=2)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "a", "b")]
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, inputs["weight"], inputs["bias"], a, b, torch.tensor(-0.3, dtype=torch.float64))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("a", "b"), ("a",), ("b",)])
+def test_only_the_gradients_asked_for(wanted):
+    inputs = layer(4, dtype=torch.float32)
+    full = dict(zip(("y", "x", "a", "b"), gradients(inputs), strict=True))
+    leaves = {n: inputs[n].clone().requires_grad_(n in wanted) for n in ("x", "a", "b")}
+    weight = inputs["weight"].clone().requires_grad_()
+    y = lora_linear(leaves["x"], weight, inputs["bias"], leaves["a"], leaves["b"], 0.7)
+    y.backward(torch.cos(torch.arange(y.numel()).to(y)).view_as(y))
+    assert weight.grad is None
+    for name, leaf in leaves.items():
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, full[name])
+        else:
+            assert leaf.grad is None
+
+
+def test_adapter_kept_in_float32():
+    inputs = layer(8, dtype=torch.bfloat16)
+    masters = {name: inputs[name].float().requires_grad_() for name in ("a", "b")}
+    y = lora_linear(**inputs | masters, scale=0.7)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert masters["a"].grad.dtype == masters["b"].grad.dtype == torch.float32
+    assert torch.equal(y, lora_linear(**inputs, scale=0.7))
+
+
+def test_autocast_computes_in_its_dtype():
+    inputs = layer(8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(**inputs, scale=0.7)
+    low = {name: t.bfloat16() for name, t in inputs.items()}
+    assert torch.equal(y, lora_linear(**low, scale=0.7))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        ({"x": torch.zeros(3, 25, dtype=torch.float64)}, ValueError, "x has shape"),
+        ({"x": torch.tensor(1.0, dtype=torch.float64)}, ValueError, "x has shape"),
+        ({"x": torch.zeros(3, 24, dtype=torch.int64)}, TypeError, "x has dtype"),
+        ({"weight": torch.zeros(40, 24)}, TypeError, "weight has dtype"),
+        ({"weight": torch.zeros(40, dtype=torch.float64)}, ValueError, "weight has shape"),
+        ({"bias": torch.zeros(39, dtype=torch.float64)}, ValueError, "bias has shape"),
+        ({"a": torch.zeros(6, 23, dtype=torch.float64)}, ValueError, "a has shape"),
+        ({"b": torch.zeros(40, 5, dtype=torch.float64)}, ValueError, "b has shape"),
+        ({"scale": torch.zeros(2)}, ValueError, "scale has shape"),
+        ({"weight": torch.zeros(40, 24, dtype=torch.float64, device="meta")}, ValueError, "weight is on meta"),
+    ],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_what_does_not_fit_is_named(change, error, word, train):
+    inputs = layer(3) | {"scale": 0.7}
+    if train:
+        inputs["a"].requires_grad_()
+        if "a" in change:
+            change = {"a": change["a"].clone().requires_grad_()}
+    with pytest.raises(error, match=f"lora_linear: {word}"):
+        lora_linear(**inputs | change)
+
+
+def test_plan_takes_the_cheapest_measured_form(monkeypatch):
+    us = {"split": 5, "accumulate": 6, "fold": 4, "shrink": 2, "dx_split": 3, "dx_accumulate": 2, "dx_fold": 4,
+          "ds": 1, "thin": 1, "full": 5}  # fmt: skip
+    row = {"dtype": "float32", "sizes": {"M": 100, "K": 10, "N": 10, "R": 2}, "us": us}
+    monkeypatch.setattr(_lora, "_table", lambda op, device: ("measured", (row,)))
+    for cached in (_lora._microseconds, _lora.forward_form, _lora.plan):
+        cached.cache_clear()
+    try:
+        sizes = (120, 10, 10, 2)
+        assert _lora.forward_form("t", *sizes, torch.float32, "cpu", False) == "fold"
+        # with S kept, fold pays for it: 4 + 2 against 5; then thin 1 + ds 1 + dx 2 beats full 5 + dx 4
+        assert _lora.plan("t", *sizes, torch.float32, "cpu")[:3] == ("split", "accumulate", "thin")
+        assert _lora.plan("t", *sizes, torch.float32, "cpu").provenance == "measured, row 100x10x10x2"
+        assert _lora.plan("t", 120, 10, 10, 200, torch.float32, "cpu").provenance == "analytic"
+        assert _lora.plan("t", *sizes, torch.float64, "cpu").provenance == "analytic"
+    finally:
+        for cached in (_lora._microseconds, _lora.forward_form, _lora.plan):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", [(4096, 320, 2560, 64), (64, 64, 64, 4), (8, 2048, 2048, 128)])
+def test_16_bit_rules(sizes):
+    for dtype in (torch.bfloat16, torch.float16):
+        assert _lora.plan("lora_linear", *sizes, dtype, "cpu").forward == "split"
+    assert _lora.plan("lora_linear", *sizes, torch.float16, "cpu").adapter_grad == "thin"
+
+
+def test_explain_shows_the_forms():
+    case = op_file.CASES[0].inputs()
+    said = str(explain(lora_linear, **case))
+    chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, "cpu")
+    assert "lora_linear on cpu: aten" in said
+    assert f"y by {chosen.forward}, dX by {chosen.input_grad}, dA and dB by {chosen.adapter_grad}" in said
+    assert "row 4096x320x320x64" in said
