@@ -286,13 +286,13 @@ def test_ctrl_c_keeps_a_checkpoint_that_resumes(pictures, tiny_sd_folder, tmp_pa
     recipe.write_text(RECIPE.format(model=tiny_sd_folder, pictures=pictures, iterations=100000))
     command = [sys.executable, "-m", "hypersd", "distill", str(recipe), "--out", str(run)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     log = run / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].startswith("error: stopped in stage tscd-2 after step")
     assert "Traceback" not in err

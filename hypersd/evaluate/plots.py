@@ -55,32 +55,40 @@ def grid(
     for key in pictures:
         groups.setdefault(key.partition("/")[0], []).append(key)
     groups = {name: groups[name] for name in ("teacher", "undistilled", "student") if name in groups} or groups
-    width = CAPTION + sum(len(keys) * (CELL + GAP) - GAP + GROUP_GAP for keys in groups.values()) - GROUP_GAP
+    title, label_font, caption_font = font(20, bold=True), font(15), font(17)
+    labels = {key: _label(key, nfe[key]) for keys in groups.values() for key in keys}
+    # a lone column may be narrower than what is written above it
+    over = {name: max(label_font.getlength(labels[keys[-1]]) - CELL, 0) for name, keys in groups.items()}
+    widths = {name: round(len(keys) * (CELL + GAP) - GAP + over[name]) for name, keys in groups.items()}
+    width = CAPTION + sum(widths.values()) + GROUP_GAP * (len(groups) - 1)
     canvas = Image.new("RGB", (width, HEADER + len(captions) * (CELL + GAP) - GAP), theme.background)
     draw = ImageDraw.Draw(canvas)
-    title, label_font, caption_font = font(20, bold=True), font(15), font(17)
     for row, caption in enumerate(captions):
         lines = textwrap.wrap(caption, 22)[:5] or [""]
         middle = HEADER + row * (CELL + GAP) + CELL / 2
         draw.multiline_text((0, middle), "\n".join(lines), theme.text, caption_font, anchor="lm", spacing=6)
-    x = CAPTION
+    left = CAPTION
     for name, keys in groups.items():
-        right = x + len(keys) * (CELL + GAP) - GAP
-        draw.text((x, 6), name, getattr(theme, name, theme.text), title, anchor="lt")
-        draw.line((x, 35, right, 35), getattr(theme, name, theme.text), 2)
-        for key in keys:
-            steps = key.partition("/")[2]
-            label = f"{nfe[key]} NFE" if not steps else f"{steps} step{'s' if steps != '1' else ''}"
-            if steps and nfe[key] != int(steps):
-                label += f" ({nfe[key]} NFE)"
-            draw.text((x, 46), label, theme.muted, label_font, anchor="lt")
+        colour = getattr(theme, name, theme.text)
+        draw.text((left, 6), name, colour, title, anchor="lt")
+        draw.line((left, 35, left + widths[name], 35), colour, 2)
+        for column, key in enumerate(keys):
+            x = left + column * (CELL + GAP)
+            draw.text((x, 46), labels[key], theme.muted, label_font, anchor="lt")
             for row, picture in enumerate(pictures[key]):
                 tile = Image.fromarray(picture)
                 filter = Image.Resampling.NEAREST if tile.width < CELL else Image.Resampling.LANCZOS
                 canvas.paste(tile.resize((CELL, CELL), filter), (x, HEADER + row * (CELL + GAP)))
-            x += CELL + GAP
-        x += GROUP_GAP - GAP
+        left += widths[name] + GROUP_GAP
     return canvas
+
+
+def _label(key: str, nfe: int) -> str:
+    """For instance "50 NFE", "1 step", "4 steps (8 NFE)"."""
+    steps = key.partition("/")[2]
+    if not steps:
+        return f"{nfe} NFE"
+    return f"{steps} step{'s' if steps != '1' else ''}" + (f" ({nfe} NFE)" if nfe != int(steps) else "")
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:
