@@ -51,8 +51,9 @@ class Evaluator(nn.Module):
         self.stem = nn.Sequential(_conv(3, width, 2), Residual(width))  # 32 x 32
         self.middle = nn.Sequential(_conv(width, 2 * width, 2), Residual(2 * width))  # 16 x 16
         self.top = nn.Sequential(_conv(2 * width, wide, 2), Residual(wide), Residual(wide))  # 8 x 8
-        self.category = nn.Sequential(_conv(wide, wide), nn.Conv2d(wide, len(names()), 1))
-        nn.init.constant_(self.category[1].bias, -4.6)  # the prior of an empty cell, as focal loss wants it
+        cells = nn.Conv2d(wide, len(names()), 1)
+        nn.init.constant_(cells.bias, -4.6)  # type: ignore[arg-type]  # an empty cell's prior, as focal loss wants it
+        self.category = nn.Sequential(_conv(wide, wide), cells)
         self.mask_top, self.mask_middle = nn.Conv2d(wide, 2 * width, 1), nn.Conv2d(2 * width, 2 * width, 1)
         self.mask = nn.Sequential(_conv(2 * width + 2, 2 * width), nn.Conv2d(2 * width, GRID * GRID, 1))
         self.ground = nn.Linear(2 * wide, len(BACKGROUNDS))

@@ -209,7 +209,8 @@ def _forms(
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
     y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
     layout = _layout(x, weight)
-    return y.contiguous(memory_format=layout), s.contiguous(memory_format=layout) if keep else x.new_empty(0)
+    kept = s.contiguous(memory_format=layout) if keep and s is not None else x.new_empty(0)
+    return y.contiguous(memory_format=layout), kept
 
 
 def _forms_backward(
