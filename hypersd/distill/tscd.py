@@ -65,15 +65,12 @@ class TSCD:
         """How to sample from the stage's weights: k segments are made for k trailing DDIM steps; the last stage's,
         which jump from anywhere to anywhere, for 1 to 8 TCD steps."""
         common = {"method": "tscd", "prediction_type": process.prediction_type, "guidance_scale": "1"}
+        trained = process.num_train_timesteps
         if stage.segments == 1:
-            return common | {"solver": "tcd", "steps": "1,2,4,8", "eta": "0.3"}
-        grid = trailing(stage.segments, process.num_train_timesteps)
-        return common | {
-            "solver": "ddim",
-            "steps": str(stage.segments),
-            "timesteps": json.dumps(grid.tolist()),
-            "eta": "0",
-        }
+            grids = {n: trailing(n, trained).tolist() for n in (1, 2, 4, 8)}
+            return common | {"solver": "tcd", "steps": "1,2,4,8", "timesteps": json.dumps(grids), "eta": "0.3"}
+        grid = json.dumps(trailing(stage.segments, trained).tolist())
+        return common | {"solver": "ddim", "steps": str(stage.segments), "timesteps": grid, "eta": "0"}
 
     def diffuse_coef(self, t: np.ndarray, pure: np.ndarray) -> np.ndarray:
         """(B, 2): x_t = c0 x_0 + c1 noise; (0, 1) where the start is pure noise."""

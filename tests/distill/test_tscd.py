@@ -13,6 +13,7 @@ from hypersd.distill.recipe import TSCDStage
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.tscd import TSCD, perturbed_noise, slope
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling.sampler import sampler_for
 
 VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "set_alpha_to_one": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
@@ -180,4 +181,8 @@ def test_sampling_metadata() -> None:
     four = TSCD.metadata(stage(segments=4), process)
     assert four["solver"] == "ddim" and four["timesteps"] == "[999, 749, 499, 249]" and four["steps"] == "4"
     one = TSCD.metadata(stage(segments=1), process)
-    assert one["solver"] == "tcd" and one["steps"] == "1,2,4,8" and one["prediction_type"] == "epsilon"
+    assert one["solver"] == "tcd" and one["prediction_type"] == "epsilon"
+    for steps in (1, 2, 4, 8):  # what the sampler makes of it: the boundaries of the stages' segments
+        expected = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+        assert sampler_for(process, one, steps).timesteps.tolist() == expected
+    assert sampler_for(process, four).timesteps.tolist() == [999, 749, 499, 249]
