@@ -37,6 +37,7 @@ from hypersd.files import atomic_write
 app = typer.Typer(add_completion=False, help=__doc__)
 Work = Annotated[Path, typer.Option(help="folder of the resumable state")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Warm = Annotated[bool, typer.Option(help="start from the shipped weights where the work folder has no state")]
 DEFAULT_WORK = Path("out/emoji")
 
 
@@ -150,10 +151,13 @@ def vae(
     work: Work = DEFAULT_WORK,
     device: Device = "cpu",
     seed: int = 1,
+    warm: Warm = False,
 ) -> None:
     """Train the autoencoder: L1, L2 and L1 of image gradients, and a very small KL term."""
     torch.manual_seed(seed)
     model = new_vae().to(device)
+    if warm:
+        model.load_state_dict(AutoencoderKL.from_pretrained(FOLDER / "vae").state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = State(work / "vae.safetensors", {"vae": model}, optimizer)
     began = time.time()
@@ -240,6 +244,7 @@ def teacher(
     work: Work = DEFAULT_WORK,
     device: Device = "cpu",
     seed: int = 2,
+    warm: Warm = False,
 ) -> None:
     """Train text encoder and UNet on latents: v-prediction, min-SNR-5 weights (Hang et al. 2023), EMA."""
     torch.manual_seed(seed)
@@ -248,6 +253,9 @@ def teacher(
     sigmas = (1 - scheduler.alphas_cumprod).to(device).sqrt()
     model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder()}).to(device)
     average = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder()}).to(device).requires_grad_(False)
+    if warm:
+        model["unet"].load_state_dict(UNet2DConditionModel.from_pretrained(FOLDER / "unet").state_dict())
+        model["text"].load_state_dict(CLIPTextModel.from_pretrained(FOLDER / "text_encoder").float().state_dict())
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = State(work / "teacher.safetensors", {"model": model, "average": average}, optimizer)
