@@ -43,6 +43,8 @@ SCHEDULE = {
     "prediction_type": "v_prediction", "set_alpha_to_one": False, "clip_sample": False,
 }  # fmt: skip
 TRAIN = {"batch_size": BATCH, "learning_rate": 3e-4, "clip": 1.0, "ema_decay": 0.95, "checkpoint_every": 10**6}
+# as the shipped recipes of the embedded model train in bfloat16, and as any recipe does by default
+SHIPPED: dict[torch.dtype, dict[str, str]] = {torch.bfloat16: {"gradient_checkpointing": "none"}, torch.float32: {}}
 STAGE = {"method": "tscd", "segments": 8, "iterations": 1, "guidance_scale": [3.0, 3.0], "offset_noise": 0.0, "c": 1e-3}
 
 
@@ -178,7 +180,7 @@ def ours(
     recipe = Recipe.model_validate(
         {
             "lora": {"rank": RANK, "alpha": float(RANK)},
-            "train": TRAIN | {"dtype": str(dtype).removeprefix("torch.")},
+            "train": TRAIN | SHIPPED[dtype] | {"dtype": str(dtype).removeprefix("torch.")},
             "stages": [STAGE | {"iterations": steps}],
         }
     )

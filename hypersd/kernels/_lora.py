@@ -161,7 +161,7 @@ def skip_dispatcher(op: Op) -> None:
     """Let eager calls on plain CPU tensors go straight to the op's Python function: nothing else is behind the
     dispatcher there, and crossing it twice costs 10 to 20 us a call."""
     assert op.fallback is not None
-    dispatched, function = op.raw, op._checked(op.fallback)
+    dispatched, function = op.raw, op._checked(op.fallback)  # type: ignore[arg-type]
 
     def raw(first: Tensor, *rest: Any) -> Any:
         plain = type(first) in _PLAIN and first.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()

@@ -1,0 +1,51 @@
+"""Short attention written out equals diffusers' processor, in value and gradient, and only where it is meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from hypersd.models import attention
+
+
+def layer(**options) -> Attention:
+    torch.manual_seed(0)
+    return Attention(query_dim=24, heads=3, dim_head=8, **options).double()
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_equals_the_fused_kernel(cross):
+    attn = layer(cross_attention_dim=16 if cross else None)
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(2, 5, 16, dtype=torch.float64) if cross else None
+    upstream = torch.randn(2, 9, 24, dtype=torch.float64)
+    plain = attn(x, text)
+    (expected,) = torch.autograd.grad(plain, x, upstream)
+    attention.install(attn)
+    assert isinstance(attn.processor, attention.ShortAttention)
+    y = attn(x, text)
+    assert not torch.equal(y, plain)  # another order of the same sums: it did run
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    (found,) = torch.autograd.grad(y, x, upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    attention.remove(attn)
+    assert type(attn.processor) is AttnProcessor2_0
+
+
+def test_long_sequences_and_masks_go_to_the_fused_kernel(monkeypatch):
+    attn = layer()
+    attention.install(attn)
+    monkeypatch.setattr(attention, "SHORT", 9 * 8)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 8, dtype=torch.float64)
+    found = attn(x), attn(x[:, :8], attention_mask=mask)
+    attention.remove(attn)
+    assert torch.equal(found[0], attn(x)) and torch.equal(found[1], attn(x[:, :8], attention_mask=mask))
+
+
+def test_unusual_layers_are_left_alone():
+    for options in ({"residual_connection": True}, {"rescale_output_factor": 2.0}, {"norm_num_groups": 4}):
+        attn = layer(**options)
+        attention.install(attn)
+        assert type(attn.processor) is AttnProcessor2_0
