@@ -129,6 +129,9 @@ def sample(
     out = resolve.writable(out)
     undistilled = {"solver": "ddim", "guidance_scale": "3", "steps": str(steps or 25)}
     state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
+    if solver is not None and solver.value != metadata.get("solver"):
+        for name in ("eta", "timesteps"):  # they belong to the file's own solver
+            metadata.pop(name, None)
     given = {"solver": solver and solver.value, "eta": eta, "guidance_scale": guidance_scale}
     metadata |= {name: str(value) for name, value in given.items() if value is not None}
     backbone, components, process = resolve.load_with_lora(model, state, metadata, device)

@@ -137,6 +137,21 @@ def test_sample_without_a_lora_reads_prompts_from_a_file(tiny_sd_folder, tmp_pat
     assert len(list(out.glob("0*.png"))) == 2
 
 
+def test_another_solver_leaves_the_files_own_options_behind(lora, tiny_sd_folder, tmp_path, monkeypatch):
+    from hypersd import pictures as module
+
+    tables = []
+    monkeypatch.setattr(
+        module, "sample_to", lambda out, components, backbone, table, *rest, **more: tables.append(table)
+    )
+    arguments = ["sample", "a fox", "--lora", lora, "--model", tiny_sd_folder, "--steps", "2", "--out", tmp_path]
+    for solver in ("tcd", "ddim"):
+        assert cli.run([*map(str, arguments), "--solver", solver]) == 0
+    tcd, ddim = tables
+    assert tcd.coef[0, 4] > 0  # the file's eta: noise goes back in
+    assert not ddim.coef[:, 4].any() and ddim.timesteps.tolist() == [999, 499]
+
+
 def test_convert_there_and_back(lora, tiny_sd_folder, tmp_path):
     there, back = tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors"
     for source, target, format in ((lora, there, "kohya"), (there, back, "peft")):
