@@ -36,7 +36,7 @@ class Budget:
     samples: int
 
 
-BUDGETS = {"quick": Budget("emoji-quick", 512), "full": Budget("emoji-full", 4096)}
+BUDGETS = {"quick": Budget("emoji-quick", 256), "full": Budget("emoji-full", 2048)}
 
 
 def guidance_of(recipe: Recipe) -> float:
