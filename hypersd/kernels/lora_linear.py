@@ -440,7 +440,8 @@ def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, 
 
 
 def _triton_config(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: object) -> Config:
-    return _config(x.shape[:-1].numel(), *weight.shape, a.shape[0], x.dtype)
+    n, k = weight.shape
+    return _config(x.shape[:-1].numel(), n, k, a.shape[0], x.dtype)
 
 
 BACKWARD = Op(
