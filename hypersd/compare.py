@@ -66,17 +66,19 @@ def compare(
         reference, zero = scene_references(samples, seed, VARIETY)
     else:
         reference, zero = folder_reference(pictures, captions, components, samples), None
+    if extractor is not None:
+        extractor.to(components.device)
     evaluator: Any = FeatureEvaluator(extractor) if extractor is not None else None
     if model == EMBEDDED:
         from hypersd.emoji import evaluators
 
-        evaluator = evaluators.load("judge")
+        evaluator = evaluators.load("judge").to(components.device)
     count = len(reference.captions)
     with Progress(work_of(count), console) as progress:
         evaluation = evaluate(
             components, backbone, reference, evaluator, extractor=extractor, zero=zero, role="lora", steps=STEPS,
             table=lambda steps: sampler_for(process, metadata, steps), teacher_steps=TEACHER_STEPS,
-            guidance_scale=guidance_scale, variety=VARIETY, seed=seed,
+            guidance_scale=guidance_scale, variety=VARIETY, seed=seed, judge_device=components.device,
             progress=lambda name, done, total: progress(f"judge {name}", done, total),
         )  # fmt: skip
     recipe = {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}

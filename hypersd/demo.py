@@ -70,7 +70,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
     seed = recipe.train.seed
     training = writable(writable(out) / "training")
     components = load_model(recipe.model.path, device)
-    judge = evaluators.load("judge")
+    judge = evaluators.load("judge").to(components.device)
     with Progress(work_of(recipe, plan.samples), console) as progress:
         dataset = load_dataset(
             recipe, components, training / "latents", lambda done, total: progress("encode pictures", done, total)
@@ -86,7 +86,8 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
         evaluation = evaluate(
             components, backbone, reference, judge, zero=zero, role="ema", steps=STEPS, teacher_steps=TEACHER_STEPS,
             table=lambda steps: sampler_for(process, metadata, steps), guidance_scale=guidance_of(recipe),
-            variety=VARIETY, seed=seed, progress=lambda name, done, total: progress(f"judge {name}", done, total),
+            variety=VARIETY, seed=seed, judge_device=components.device,
+            progress=lambda name, done, total: progress(f"judge {name}", done, total),
         )  # fmt: skip
     metrics = metrics_document(
         evaluation, features="emoji judge", samples=plan.samples, seconds=time.monotonic() - started,

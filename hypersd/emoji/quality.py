@@ -48,7 +48,7 @@ class BackgroundJudge:
     def objects(self, images: Tensor) -> Tensor:
         seen = self.hits[1]
         wanted = self.background[seen : seen + len(images)]
-        self.hits[0] += int((self.judge.background(images).argmax(1) == wanted).sum())
+        self.hits[0] += int((self.judge.background(images).argmax(1).cpu() == wanted).sum())
         self.hits[1] += len(images)
         return self.judge.objects(images)
 
@@ -76,7 +76,9 @@ def conditions(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def measure(samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, path: Path) -> dict[str, Any]:
+def measure(
+    samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, path: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """Fill in the rows that `path` lacks for these weights and settings; returns the document."""
     folder = model_folder()
     weights = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.safetensors")) if "reward" not in file.name)
@@ -92,21 +94,22 @@ def measure(samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, 
         known = json.loads(path.read_text("utf-8"))
         if {key: known.get(key) for key in settings} == settings:
             document["rows"] = known["rows"]
-    components = load_components(folder, dtype=dtype)
+    components = load_components(folder, dtype=dtype, device=device)
+    size = 64 if device == "cpu" else 1000  # pictures at a time
     backbone = Backbone(components.unet, roles=())
     process = NoiseProcess.from_config(components.scheduler_config)
     scenes, others = render(seed + 1_000_000, samples, "heldout"), render(seed + 2_000_000, samples, "heldout")
-    judge = evaluators.load("judge")
+    judge = evaluators.load("judge").to(device)
     reference = Reference(scenes.images, scenes.captions, scenes.objects)
     groups, each = VARIETY
     varied = [caption for caption in scenes.captions[:groups] for _ in range(each)]
-    real = Judge(judge, judge.features, reference).real
+    real = Judge(judge, judge.features, reference, device=device).real
 
     def put(name: str, images: Iterable[np.ndarray], few: Iterable[np.ndarray], nfe: int, part: Any = scenes) -> None:
         if name in document["rows"]:
             return
         watching = BackgroundJudge(judge, part.background)
-        counting = Judge(watching, judge.features, Reference(part.images, part.captions, part.objects), real)
+        counting = Judge(watching, judge.features, Reference(part.images, part.captions, part.objects), real, device)
         row, _ = counting.row(images, nfe)
         row["background"] = watching.hits[0] / watching.hits[1]
         row["diversity"] = counting.diversity(few, groups)
@@ -126,8 +129,8 @@ def measure(samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, 
         table = ddim(process, trailing(steps, process.num_train_timesteps)).guided(guidance_scale)
         put(
             name,
-            generate(components, backbone, table, scenes.captions, seed=seed),
-            generate(components, backbone, table, varied, seed=seed + 1),
+            generate(components, backbone, table, scenes.captions, seed=seed, batch_size=size),
+            generate(components, backbone, table, varied, seed=seed + 1, batch_size=size),
             2 * steps,
         )
     document["conditions"] = conditions(document["rows"])
@@ -136,19 +139,20 @@ def measure(samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, 
 
 
 def _reconstruct(components: Any, images: np.ndarray) -> np.ndarray:
-    return to_uint8(decode_latents(components, encode_images(components, to_float(images))))
+    return to_uint8(decode_latents(components, encode_images(components, to_float(images).to(components.device))))
 
 
 def main(
     samples: Annotated[int, typer.Option(help="pictures a row")] = 10_000,
     guidance_scale: float = 3.0,
     seed: int = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="sample in bfloat16, twice as fast on some CPUs")] = False,
     out: Annotated[Path | None, typer.Option(help="[default: quality.json beside the weights]")] = None,
 ) -> None:
     """Measure the table and say which conditions hold."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    document = measure(samples, guidance_scale, seed, dtype, out or model_folder() / "quality.json")
+    document = measure(samples, guidance_scale, seed, dtype, out or model_folder() / "quality.json", device)
     for name, found in document["conditions"].items():
         print(f"{'holds' if found['holds'] else 'FAILS'}  {found['figure']:8.3f}  {found['bound']:8}  {name}")
 

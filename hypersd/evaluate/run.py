@@ -71,15 +71,20 @@ class Judge:
     """Turns pictures of a reference's captions, in their order, into one row of the table."""
 
     def __init__(
-        self, evaluator: Any, extractor: Callable[[Tensor], Tensor], reference: Reference, real: Moments | None = None
+        self,
+        evaluator: Any,
+        extractor: Callable[[Tensor], Tensor],
+        reference: Reference,
+        real: Moments | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.evaluator, self.extractor, self.reference = evaluator, extractor, reference
+        self.evaluator, self.extractor, self.reference, self.device = evaluator, extractor, reference, device
         self.real = real or Moments.of(self.features(batches(reference.images)))
 
     @torch.no_grad()
     def features(self, images: Iterable[np.ndarray]) -> Tensor:
         """(N, D) float32 of uint8 batches."""
-        return torch.cat([self.extractor(to_float(batch)).float().cpu() for batch in images])
+        return torch.cat([self.extractor(to_float(batch).to(self.device)).float().cpu() for batch in images])
 
     def diversity(self, images: Iterable[np.ndarray], groups: int) -> float:
         """Of `groups` captions with the same number of pictures each, caption by caption."""
@@ -93,7 +98,7 @@ class Judge:
         scores: dict[str, list[Tensor]] = {"alignment": [], "objects": [], "aesthetic": []}
         start = 0
         for batch in images:
-            x, part = to_float(batch), slice(start, start + len(batch))
+            x, part = to_float(batch).to(self.device), slice(start, start + len(batch))
             features.append(self.extractor(x).float().cpu())
             for name, values in self._scores(x, part).items():
                 scores[name].append(values.detach().double().cpu())
@@ -110,7 +115,7 @@ class Judge:
         if hasattr(evaluator, "alignment"):
             found["alignment"] = evaluator.alignment(images, self.reference.captions[part])
         if hasattr(evaluator, "objects") and self.reference.objects is not None:
-            found["objects"] = object_recall(evaluator.objects(images), self.reference.objects[part])
+            found["objects"] = object_recall(evaluator.objects(images).cpu(), self.reference.objects[part])
         if hasattr(evaluator, "preference"):
             found["aesthetic"] = evaluator.preference(images)
         return found
@@ -138,6 +143,7 @@ def evaluate(
     grid: int = 8,
     seed: int = 0,
     batch_size: int = 64,
+    judge_device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Sample and judge the teacher (guided, `teacher_steps` DDIM steps on trailing timesteps), the undistilled model
@@ -146,10 +152,10 @@ def evaluate(
     evaluator: see protocol.Evaluator; what it lacks stays None. extractor: replaces its features in the distance
     columns. table: number of steps -> coefficient table; DDIM on trailing timesteps unless given. zero: a second,
     independent set of real pictures; its row is what a perfect model would score. variety: (captions, pictures of each)
-    for diversity. The first `grid` pictures of every row are kept.
+    for diversity. The first `grid` pictures of every row are kept. judge_device: where evaluator and extractor are.
     """
     process = NoiseProcess.from_config(components.scheduler_config)
-    judge = Judge(evaluator, extractor or evaluator.features, reference)
+    judge = Judge(evaluator, extractor or evaluator.features, reference, device=judge_device)
     result = Evaluation(captions=reference.captions[:grid])
     _judge_reals(result, judge, zero, components, backbone)
     count, grid = len(reference.captions), len(result.captions)
@@ -191,7 +197,7 @@ def _judge_reals(
     """What a perfect model would score, and what one would score behind this autoencoder."""
     reference = judge.reference
     if zero is not None:
-        row, intervals = Judge(judge.evaluator, judge.extractor, zero, judge.real).row(batches(zero.images))
+        row, intervals = Judge(judge.evaluator, judge.extractor, zero, judge.real, judge.device).row(batches(zero.images))
         if reference.variety is not None:
             flat = reference.variety.reshape(-1, *reference.variety.shape[2:])
             row["diversity"] = judge.diversity(batches(flat), len(reference.variety))
