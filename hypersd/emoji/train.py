@@ -1,11 +1,11 @@
-"""Trains the embedded model from nothing, in three commands (each resumes where it was cut off):
+"""Trains the embedded model from nothing, in three commands (each resumes where it was cut off), in this order:
 
+    python -m hypersd.emoji.train evaluators   reward and judge networks
     python -m hypersd.emoji.train vae          autoencoder 64x64x3 <-> 16x16x4
     python -m hypersd.emoji.train teacher      text encoder and UNet, v-prediction, 10 % caption dropout
-    python -m hypersd.emoji.train evaluators   reward and judge networks
 
 and writes the diffusers folder and the evaluators to hypersd/emoji/weights in 16 bit. `--work` holds the resumable
-state. Runs on CPU (bf16 autocast) and on CUDA; every scene is drawn once and never repeated.
+state. Runs on CPU (bf16 autocast) and on CUDA; `--workers` processes draw the scenes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,11 +24,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hypersd.emoji import tokens
 from hypersd.emoji.degrade import degrade
 from hypersd.emoji.evaluators import SETS, Evaluator, solo_loss
+from hypersd.emoji.evaluators import load as load_evaluator
 from hypersd.emoji.scenes import SIZE, Scenes, render
 from hypersd.emoji.weights import FOLDER
 from hypersd.files import atomic_write
@@ -38,7 +39,10 @@ app = typer.Typer(add_completion=False, help=__doc__)
 Work = Annotated[Path, typer.Option(help="folder of the resumable state")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Warm = Annotated[bool, typer.Option(help="start from the shipped weights where the work folder has no state")]
+Minutes = Annotated[float, typer.Option(help="if given, as many steps as fit; replaces --steps")]
+Workers = Annotated[int, typer.Option(help="processes that draw scenes")]
 DEFAULT_WORK = Path("out/emoji")
+PERCEPTUAL = 0.2  # weight of the reward network's feature distance in the autoencoder's loss
 
 
 def new_vae() -> AutoencoderKL:
@@ -101,9 +105,9 @@ class State:
                 module.load_state_dict(part)
             slots = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for index, parameter in enumerate(slots):
-                state = {kind: saved[f"optimizer.{index}.{kind}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
-                device = {kind: value.to(parameter.device) for kind, value in state.items() if kind != "step"}
-                optimizer.state[parameter] = {"step": state["step"], **device}
+                kinds = ("step", "exp_avg", "exp_avg_sq")
+                state = {kind: saved[f"optimizer.{index}.{kind}"].to(parameter.device) for kind in kinds}
+                optimizer.state[parameter] = state
             print(f"resumed {path} at step {self.step}", flush=True)
 
     def save(self) -> None:
@@ -118,25 +122,62 @@ class State:
         atomic_write(self.path, lambda file: save_file(flat, file))
 
 
-def prefetch(make, start: int) -> Iterator:
-    """make(start), make(start + 1), ... with the next one under way in a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(make, start)
-        while True:
-            start += 1
-            ready, pending = pending, pool.submit(make, start)
-            yield ready.result()
+class Numbered(Dataset):
+    """make(0), make(1), ... as a data set."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
+def drawn(make: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Any]:
+    """make(n) for each of `numbers`, in order, made ahead of time by worker processes."""
+    return iter(DataLoader(Numbered(make), batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4))
+
+
+def to_tensor(images: np.ndarray | Tensor, device: str = "cpu") -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def feature_distance(critic: Evaluator, output: Tensor, images: Tensor) -> Tensor:
+    """Mean squared distance of unit-length features, on both of the network's maps (LPIPS without its learned weights,
+    Zhang et al. 2018)."""
+    with torch.no_grad():
+        wanted = critic.maps(images)
+    pairs = zip(critic.maps(output), wanted, strict=True)
+    unit = nn.functional.normalize
+    return sum((unit(a.float(), dim=1) - unit(b.float(), dim=1)).square().sum(1).mean() for a, b in pairs)
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+class Horizon:
+    """How many steps to train: `steps`, or what fits into `minutes` at the speed of steps 50 to 150 of this process."""
+
+    def __init__(self, steps: int, minutes: float, device: str) -> None:
+        self.steps, self.minutes, self.device = steps, minutes, device
+        self.began, self.done, self.measured = time.time(), 0, 0.0
+
+    def count(self, step: int) -> None:
+        """Step number `step` is done."""
+        self.done += 1
+        if not self.minutes or self.done not in (50, 150):
+            return
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        if self.done == 50:
+            self.measured = time.time()
+            return
+        now = time.time()
+        self.steps = step + int(100 / (now - self.measured) * (60 * self.minutes - (now - self.began)))
+        print(f"{self.steps} steps fit into {self.minutes} minutes", flush=True)
 
 
 def half(module: nn.Module) -> nn.Module:
@@ -152,32 +193,41 @@ def vae(
     device: Device = "cpu",
     seed: int = 1,
     warm: Warm = False,
+    workers: Workers = 1,
+    minutes: Minutes = 0.0,
 ) -> None:
-    """Train the autoencoder: L1, L2 and L1 of image gradients, and a very small KL term."""
+    """Train the autoencoder: L1, L2, L1 of image gradients, distance in the reward network's features, and a very small
+    KL term."""
     torch.manual_seed(seed)
     model = new_vae().to(device)
     if warm:
         model.load_state_dict(AutoencoderKL.from_pretrained(FOLDER / "vae").state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = State(work / "vae.safetensors", {"vae": model}, optimizer)
-    began = time.time()
-    for images in prefetch(lambda index: to_tensor(render(seed, batch, start=index * batch).images), state.step):
+    critic = load_evaluator("reward").to(device)
+    began, horizon = time.time(), Horizon(steps, minutes, device)
+    numbers = range(state.step, 10**9)
+    for images in drawn(lambda index: render(seed, batch, start=index * batch).images, numbers, workers):
+        steps = horizon.steps
         if state.step >= steps:
             break
         optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak)
-        images = images.to(device)
+        images = to_tensor(images, device)
         with torch.autocast(device, torch.bfloat16):
             posterior = model.encode(images).latent_dist
             output = model.decode(posterior.sample()).sample
+            seen = feature_distance(critic, output, images)
         output = output.float()
         edges = sum((torch.diff(output, dim=d) - torch.diff(images, dim=d)).abs().mean() for d in (2, 3))
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = (output - images).abs().mean() + (output - images).square().mean() + 0.5 * edges + 1e-4 * kl
+        pixels = (output - images).abs().mean() + (output - images).square().mean()
+        loss = pixels + 0.5 * edges + PERCEPTUAL * seen + 1e-4 * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state.step += 1
+        horizon.count(state.step)
         if state.step % 25 == 0:
             psnr = -10 * math.log10(float((output.detach() - images).square().mean()) / 4)
             print(
@@ -188,7 +238,7 @@ def vae(
             state.save()
     model.eval()
     with torch.no_grad():  # scaling_factor makes the latents' standard deviation 1
-        sample = to_tensor(render(seed + 1, 256).images).to(device)
+        sample = to_tensor(render(seed + 1, 256).images, device)
         latents = torch.cat([model.encode(part).latent_dist.mode() for part in sample.split(64)])
         output = torch.cat([model.decode(part).sample for part in latents.split(64)])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
@@ -199,14 +249,15 @@ def vae(
 
 @torch.no_grad()
 def encode_latents(model: AutoencoderKL, images: np.ndarray, device: str) -> Tensor:
-    parts = [model.encode(part.to(device)).latent_dist.mode() for part in to_tensor(images).split(64)]
+    size = 64 if device == "cpu" else 2048
+    parts = [model.encode(part).latent_dist.mode() for part in to_tensor(images, device).split(size)]
     return torch.cat(parts) * model.config.scaling_factor
 
 
 class Pool:
     """Latents (float16) and token ids of `count` scenes, made once and kept in the work folder."""
 
-    def __init__(self, path: Path, count: int, seed: int, device: str) -> None:
+    def __init__(self, path: Path, count: int, seed: int, device: str, workers: int) -> None:
         if not path.exists():
             model = AutoencoderKL.from_pretrained(FOLDER / "vae").eval().to(device)
             tokenizer = tokens.build()
@@ -215,13 +266,18 @@ class Pool:
                 torch.empty(count, tokens.LENGTH, dtype=torch.int16),
             )
             began, chunk = time.time(), 1024
+
+            def make(number: int) -> tuple[np.ndarray, Tensor]:
+                scenes = render(seed, min(chunk, count - number * chunk), start=number * chunk)
+                return scenes.images, tokens.encode(tokenizer, scenes.captions).to(torch.int16)
+
             with torch.autocast(device, torch.bfloat16):
-                starts = range(0, count, chunk)
-                source = prefetch(lambda index: render(seed, chunk, start=index * chunk), 0)
-                for start, scenes in zip(starts, source, strict=False):
-                    stop = min(count, start + chunk)
-                    latents[start:stop] = encode_latents(model, scenes.images, device).half().cpu()[: stop - start]
-                    ids[start:stop] = tokens.encode(tokenizer, scenes.captions).to(torch.int16)[: stop - start]
+                chunks = range(-(-count // chunk))
+                for number, (images, some_ids) in enumerate(drawn(make, chunks, workers)):
+                    start = number * chunk
+                    stop = start + len(some_ids)
+                    latents[start:stop] = encode_latents(model, images, device).half().cpu()
+                    ids[start:stop] = some_ids
                     print(f"latents {stop}/{count} {time.time() - began:.0f} s", flush=True)
             atomic_write(path, lambda file: save_file({"latents": latents, "ids": ids}, file))
         saved = load_file(path)
@@ -245,6 +301,8 @@ def teacher(
     device: Device = "cpu",
     seed: int = 2,
     warm: Warm = False,
+    workers: Workers = 1,
+    minutes: Minutes = 0.0,
 ) -> None:
     """Train text encoder and UNet on latents: v-prediction, min-SNR-5 weights (Hang et al. 2023), EMA."""
     torch.manual_seed(seed)
@@ -259,16 +317,17 @@ def teacher(
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = State(work / "teacher.safetensors", {"model": model, "average": average}, optimizer)
-    data = Pool(work / "latents.safetensors", pool, seed, device)
+    data = Pool(work / "latents.safetensors", pool, seed, device, workers)
     null = tokens.encode(tokens.build(), [""]).to(device)
     began, began_step, recent = time.time(), state.step, []
+    horizon = Horizon(steps, minutes, device)
     # The fused CPU attention is several times slower than plain products at 16 to 64 tokens, backward above all.
     with sdpa_kernel(
         SDPBackend.MATH
         if device == "cpu"
         else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     ):
-        while state.step < steps:
+        while state.step < (steps := horizon.steps):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + state.step)
             for group in optimizer.param_groups:
                 group["lr"] = cosine(state.step, steps, peak, warmup=300)
@@ -294,6 +353,7 @@ def teacher(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             state.step += 1
+            horizon.count(state.step)
             decay = min(ema_decay, (1 + state.step) / (10 + state.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
@@ -318,6 +378,8 @@ def evaluators(
     work: Work = DEFAULT_WORK,
     device: Device = "cpu",
     only: str = "",
+    workers: Workers = 1,
+    minutes: Minutes = 0.0,
 ) -> None:
     """Train the reward and the judge set, each on its own scenes with its own seed and width."""
     for name, setup in SETS.items():
@@ -325,16 +387,17 @@ def evaluators(
             continue
         torch.manual_seed(setup["seed"])
         model = Evaluator(setup["wide"]).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         state = State(work / f"evaluator-{name}.safetensors", {"model": model}, optimizer)
-        began = time.time()
-        for scenes in prefetch(
-            lambda index, stream=setup["stream"]: render(stream, batch, start=index * batch), state.step
-        ):
-            if state.step >= steps:
+        began, horizon = time.time(), Horizon(steps, minutes, device)
+        stream = setup["stream"]
+        numbers = range(state.step, 10**9)
+        for scenes in drawn(lambda index, s=stream: render(s, batch, start=index * batch), numbers, workers):
+            total = horizon.steps
+            if state.step >= total:
                 break
             generator = torch.Generator().manual_seed(setup["seed"] * 1_000_003 + state.step)
-            optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak)
+            optimizer.param_groups[0]["lr"] = cosine(state.step, total, peak)
             with torch.autocast(device, torch.bfloat16):
                 losses = evaluator_losses(model, scenes, device, generator)
             optimizer.zero_grad(set_to_none=True)
@@ -342,10 +405,11 @@ def evaluators(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             state.step += 1
+            horizon.count(state.step)
             if state.step % 100 == 0:
                 parts = " ".join(f"{key} {value.item():.3f}" for key, value in losses.items())
-                print(f"{name} {state.step}/{steps} {parts} {time.time() - began:.0f} s", flush=True)
-            if state.step % 500 == 0 or state.step == steps:
+                print(f"{name} {state.step}/{total} {parts} {time.time() - began:.0f} s", flush=True)
+            if state.step % 500 == 0 or state.step == total:
                 state.save()
         model.eval()
         flat = {key: value.detach().half().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -355,7 +419,7 @@ def evaluators(
 
 def evaluator_losses(model: Evaluator, scenes: Scenes, device: str, generator: torch.Generator) -> dict[str, Tensor]:
     """SOLO, background, contrastive and preference losses of one batch of scenes."""
-    clean = to_tensor(scenes.images).to(device)
+    clean = to_tensor(scenes.images, device)
     images = clean + 0.04 * torch.rand((), generator=generator).to(device) * torch.randn_like(clean)
     middle, top = model.maps(images)
     features = model.pooled(top)
@@ -380,7 +444,7 @@ def evaluator_losses(model: Evaluator, scenes: Scenes, device: str, generator: t
 def check_evaluator(model: Evaluator, device: str, count: int = 1000) -> dict[str, float]:
     """On unseen held-out scenes: objects among the top two, background, caption retrieval among 100, preference."""
     scenes = render(999, count, "heldout")
-    images = to_tensor(scenes.images).to(device)
+    images = to_tensor(scenes.images, device)
     hits = total = right = preferred = retrieved = 0
     for start in range(0, count, 100):
         part, things = images[start : start + 100], scenes.objects[start : start + 100]
@@ -439,4 +503,5 @@ def save_teacher(average: nn.ModuleDict, scheduler: DDIMScheduler) -> None:
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True
     app()

@@ -197,7 +197,9 @@ def _judge_reals(
     """What a perfect model would score, and what one would score behind this autoencoder."""
     reference = judge.reference
     if zero is not None:
-        row, intervals = Judge(judge.evaluator, judge.extractor, zero, judge.real, judge.device).row(batches(zero.images))
+        row, intervals = Judge(judge.evaluator, judge.extractor, zero, judge.real, judge.device).row(
+            batches(zero.images)
+        )
         if reference.variety is not None:
             flat = reference.variety.reshape(-1, *reference.variety.shape[2:])
             row["diversity"] = judge.diversity(batches(flat), len(reference.variety))
