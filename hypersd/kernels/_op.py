@@ -51,6 +51,7 @@ class Op:
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
     `backward(ctx, *grads)` returns a gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
     `plan` says which ATen products the fallback composes for the public function's keywords.
+    An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
 
@@ -72,6 +73,7 @@ class Op:
     plan: Callable[..., object] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
+    mutated: tuple[str, ...] = field(init=False)  # arguments that the op writes to
 
     def __post_init__(self) -> None:
         self.fallback = self.fallback or self.reference
@@ -95,6 +97,10 @@ class Op:
         LIBRARY.impl(names[-1], torch.library.fallthrough_kernel, "Autograd")
         self.compiled = getattr(torch.ops.hypersd, self.name).default
         arguments = [argument.name for argument in self.compiled._schema.arguments]
+        written = [i for i, a in enumerate(self.compiled._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.mutated = tuple(arguments[i] for i in written)
+        if written:
+            LIBRARY.impl(names[-1], _counting(self.compiled, written), "ADInplaceOrView", with_keyset=True)
         self._leaves = [arguments.index(name) for name in self.differentiable if self.backward]
         self.raw = getattr(torch.ops.hypersd, names[-1]).default._op  # the C++ callable inside: 0.3 us less a call
 
@@ -185,6 +191,18 @@ class Op:
         self.function = function
         OPS[self.name] = self
         return function
+
+
+def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
+    """Raises the version counters of the arguments written to, as torch's own in-place operators do, then goes on."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        for index in written:
+            if args[index] is not None:
+                torch.autograd.graph.increment_version(args[index])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return run
 
 
 def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:
