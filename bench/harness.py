@@ -34,7 +34,7 @@ class Runner:
     """One provider, ready to be called. `leaves` are the differentiable inputs, named as the op names them; `same` is
     False where it computes something else on purpose (the layer without its adapter), as context for the others."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     same: bool = True
 
@@ -73,18 +73,19 @@ def outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
     """y, and the gradients of all leaves under a fixed upstream gradient."""
     with torch.set_grad_enabled(backward):
         y = runner.call()
-    found = {"y": y.detach()}
+    values = (y,) if isinstance(y, Tensor) else y
+    found = {"y" if i == 0 else f"y{i}": value.detach() for i, value in enumerate(values)}
     if backward:
         for leaf in runner.leaves.values():
             leaf.grad = None
-        y.backward(_upstream(y))
+        torch.autograd.backward(values, _upstreams(values))
         found |= {name: leaf.grad for name, leaf in runner.leaves.items() if leaf.grad is not None}
     return found
 
 
-def _upstream(y: Tensor) -> Tensor:
+def _upstreams(values: tuple[Tensor, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+    return [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in values]
 
 
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
@@ -138,13 +139,15 @@ def step(runner: Runner, backward: bool) -> Callable[[], None]:
                 runner.call()
 
         return forward
-    upstream = _upstream(runner.call())
+    first = runner.call()
+    upstream = _upstreams((first,) if isinstance(first, Tensor) else first)
     leaves = list(runner.leaves.values())
 
     def both() -> None:
         for leaf in leaves:
             leaf.grad = None
-        runner.call().backward(upstream)
+        y = runner.call()
+        torch.autograd.backward((y,) if isinstance(y, Tensor) else y, upstream)
 
     return both
 
@@ -218,8 +221,14 @@ def schema_arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:
     return seen[0]
 
 
+def written(op: Op, inputs: dict[str, Any], value: Any) -> Any:
+    """What a call returned, or for an operator that works in place the arguments that it wrote to."""
+    return tuple(inputs[name] for name in op.mutated if inputs.get(name) is not None) if op.mutated else value
+
+
 def with_leaves(op: Op, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inputs with fresh leaves in place of the differentiable ones."""
+    """The inputs with fresh leaves in place of the differentiable ones, and copies of what the op writes to."""
+    inputs = inputs | {name: inputs[name].clone() for name in op.mutated if inputs.get(name) is not None}
     leaves = {
         name: inputs[name].detach().clone().requires_grad_()
         for name in op.differentiable
@@ -232,7 +241,7 @@ def measure_op(
     op: Op, *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
 ) -> Iterable[list[Result]]:
     """All bench cases of an operator, forward and (where differentiable) forward with backward."""
-    from .peers import runners_for
+    from .peers import eager, runners_for
 
     for case in op.cases:
         if not case.bench or not case.name.startswith(shapes):
@@ -241,10 +250,7 @@ def measure_op(
             inputs = case.inputs(dtype, device)
             wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
             for mode in ("forward", "full") if op.backward else ("forward",):
-                changed, leaves = with_leaves(op, wide)
-                exact = outputs(
-                    Runner(lambda changed=changed: op.reference(*schema_arguments(op, changed)), leaves), mode == "full"
-                )
+                exact = outputs(eager(op, wide), mode == "full")
                 runners = runners_for(op, inputs, peers)
                 cost = op.cost(**inputs) if op.cost else None
                 yield compare(

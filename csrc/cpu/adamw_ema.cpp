@@ -56,7 +56,7 @@ HYPERSD_KERNEL(update_double, (const Update& u, int64_t begin, int64_t end), (u,
 double number(const std::optional<Tensor>& t, const char* name, double otherwise) {
   if (!t) return otherwise;
   const Numbers numbers(*t, name);
-  STD_TORCH_CHECK(numbers.view.numel == 1, name, ": expected one number");
+  STD_TORCH_CHECK(numbers.view.dim == 0, name, ": expected one number");
   return numbers.read(0);
 }
 
@@ -92,6 +92,7 @@ void adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Te
   u.exp_avg_sq = flat(exp_avg_sq, "exp_avg_sq", shape, true);
   u.ema = flat(ema, "ema", shape, true);
   u.shadow = shadow ? flat(*shadow, "shadow", shape, false) : nullptr;
+  STD_TORCH_CHECK(wide || !shadow || type_of(*shadow) != Type::float64, "shadow: wider than param");
   u.shadow_type = shadow ? type_of(*shadow) : shape.type;
   u.clip = number(clip, "clip", 1);
   u.decay = lr * weight_decay;

@@ -1,12 +1,12 @@
 """adamw_ema_: AdamW, the moving average of its weights and a low-precision copy of them, in one pass, in place
 
-    g = clip grad,  m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
-    p -= lr weight_decay p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)      (Loshchilov & Hutter 2019)
-    ema += (1 - ema_decay) (p - ema),  shadow = p
+g = clip grad,  m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
+p -= lr weight_decay p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)      (Loshchilov & Hutter 2019)
+ema += (1 - ema_decay) (p - ema),  shadow = p
 
-    bytes: 8 reads and writes of N float32, the gradient and the shadow     flops: 20 N     launches: 1
-    replaces: clip_grad_norm_'s pass over the gradient, AdamW, a foreach lerp, a cast; each once a tensor
-    arithmetic: float32 (float64 if param is), the bias corrections in float64; one rounding of each new value's size
+bytes: 8 reads and writes of N float32, the gradient and the shadow     flops: 20 N     launches: 1
+replaces: clip_grad_norm_'s pass over the gradient, AdamW, a foreach lerp, a cast; each once a tensor
+arithmetic: float32 (float64 if param is), the bias corrections in float64; one rounding of each new value's size
 """
 
 from __future__ import annotations
@@ -96,12 +96,13 @@ def check(
     if param.dtype not in MASTER:
         raise TypeError(f"param: got {param.dtype}, expected torch.float32 or torch.float64; `shadow` is for 16 bit")
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
-    for name, tensor in {"param": param, "grad": grad, **state, "shadow": shadow}.items():
-        if name == "shadow" and tensor is None:
-            continue
+    buffers = {"param": param, "grad": grad, **state} | ({} if shadow is None else {"shadow": shadow})
+    for name, tensor in buffers.items():
         _rows.check_tensor(name, tensor, param, "param")
         if name in state and tensor.dtype != param.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {param.dtype} as param")
+        if name == "shadow" and tensor.dtype.itemsize > param.dtype.itemsize:
+            raise TypeError(f"shadow: got {tensor.dtype}, expected {param.dtype} as param, or a narrower one")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
     for name, number in (("clip", clip), ("step", step_tensor), ("lr", lr_tensor)):
@@ -168,8 +169,7 @@ def _triton(
     beta2: float, eps: float, weight_decay: float, ema_decay: float, shadow: Tensor | None, clip: Tensor | None,
     step_tensor: Tensor | None, lr_tensor: Tensor | None,
 ) -> None:  # fmt: skip
-    wide = torch.float64 in (param.dtype, grad.dtype) or (shadow is not None and shadow.dtype == torch.float64)
-    if wide or not param.numel():  # the kernel computes in float32
+    if torch.float64 in (param.dtype, grad.dtype) or not param.numel():  # the kernel computes in float32
         return reference(
             param, grad, exp_avg, exp_avg_sq, ema, step, lr, beta1, beta2, eps, weight_decay, ema_decay, shadow, clip,
             step_tensor, lr_tensor,
@@ -265,7 +265,7 @@ def adamw_ema_(
         grad: their gradient, contiguous, any floating-point dtype.
         step: the number of this step, from 1. A 0-d float32 or float64 tensor works in a captured graph.
         lr: learning rate, a float or such a tensor. betas, eps, weight_decay: AdamW's. ema_decay: in [0, 1].
-        shadow: receives param in its own floating-point dtype, or None.
+        shadow: receives param in its own floating-point dtype, no wider than param's, or None.
         clip: a 0-d tensor that multiplies the gradient (see `clip_coefficient`). Where it is not finite, nothing is
             written: the weights of a step whose gradient overflowed stay as they are, without asking the host.
 
