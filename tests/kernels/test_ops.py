@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypersd.kernels import _native, explain, use
-from hypersd.kernels._op import OPS, Op
+from hypersd.kernels._op import OPS, Case, Op
 from tests.kernels import checks
 
 HALF = (torch.bfloat16, torch.float16)
@@ -131,15 +131,15 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def dynamic_group(op: Op) -> list[dict[str, Any]]:
     """The inputs of those cases that differ in sizes alone; torch specialises on 0 and 1, so these must agree."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for case in checks.small(op):
-        inputs = case.inputs()
+    groups: dict[Any, list[Case]] = {}
+    for case in op.cases:
+        inputs = checks.shapes(op, case)
         tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
         if all(t.numel() for t in tensors.values()):
             key = tuple((k, tuple(n == 1 for n in v.shape) if k in tensors else v) for k, v in inputs.items())
-            groups.setdefault(key, []).append(inputs)
-    group = max(groups.values(), key=len)
-    return sorted(group, key=lambda inputs: op.cost(**inputs).flops)[:4] if op.cost else group[:4]
+            groups.setdefault(key, []).append(case)
+    group = sorted(max(groups.values(), key=len), key=lambda case: checks.elements(op, case))
+    return [case.inputs() for case in group[:4]]
 
 
 @pytest.mark.parametrize("op", EVERY)
