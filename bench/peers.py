@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hypersd.kernels._op import Op
 
@@ -116,9 +116,35 @@ def torch_clip(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: torch.nn.utils.clip_grad_norm_(parameters, inputs["max_norm"]), same=False)
 
 
-PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner]]] = {
+def sdpa(backend: str = "") -> Callable[[Op, dict[str, Any]], Runner | None]:
+    """torch's attention, with the backend it chooses or one by name; the backends of a GPU only there."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def make(op: Op, inputs: dict[str, Any]) -> Runner | None:
+        if backend and not inputs["q"].is_cuda:
+            return None
+        changed, leaves = with_leaves(op, inputs)
+
+        def call() -> Tensor:
+            if not backend:
+                return F.scaled_dot_product_attention(**changed)
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return F.scaled_dot_product_attention(**changed)
+
+        return Runner(call, leaves)
+
+    return make
+
+
+PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
     "": {OURS: ours, EAGER: eager, "compile": compiled},
     "adamw_ema_": {"AdamW(fused)": torch_adamw},
+    "attention": {
+        "sdpa": sdpa(),
+        "flash": sdpa("FLASH_ATTENTION"),
+        "efficient": sdpa("EFFICIENT_ATTENTION"),
+        "cudnn": sdpa("CUDNN_ATTENTION"),
+    },
     "clip_coefficient": {"clip_grad_norm_": torch_clip},
     "lora_linear": {"peft": peft, "base": base_layer},
     "lora_conv2d": {"peft": peft, "base": base_layer},
@@ -129,4 +155,5 @@ def runners_for(op: Op, inputs: dict[str, Any], peers: Sequence[str] | None = No
     """Every provider of this operator (ours and eager always), or those in `peers`."""
     known = PROVIDERS[""] | PROVIDERS.get(op.name, {})
     wanted = known if peers is None else {n: f for n, f in known.items() if n in (OURS, EAGER, *peers)}
-    return {name: make(op, inputs) for name, make in wanted.items()}
+    made = {name: make(op, inputs) for name, make in wanted.items()}
+    return {name: runner for name, runner in made.items() if runner is not None}

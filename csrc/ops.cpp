@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
   // affine_step_backward(Tensor grad, Tensor coef, int needed) -> Tensor[]
   m.impl("affine_step_backward", TORCH_BOX(&hypersd::affine_step_backward));
 
+  // attention(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor
+  m.impl("attention", TORCH_BOX(&hypersd::attention));
+  m.impl("_attention", TORCH_BOX(&hypersd::attention));
+
+  // attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor, Tensor)
+  m.impl("attention_backward", TORCH_BOX(&hypersd::attention_backward));
+
   // clip_coefficient(Tensor grad, float max_norm) -> (Tensor, Tensor)
   m.impl("clip_coefficient", TORCH_BOX(&hypersd::clip_coefficient));
 

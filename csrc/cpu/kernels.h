@@ -12,6 +12,10 @@ Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor>
                    std::optional<Tensor> history, std::optional<Tensor> noise);
 std::vector<Tensor> affine_step_backward(Tensor grad, Tensor coef, int64_t needed);
 
+Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                      std::optional<double> scale);
+
 std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef,
                                             std::optional<Tensor> weight, int64_t kind, double c, bool mean,
                                             bool with_slope);

@@ -5,11 +5,11 @@
  flops     4 B H Tq Tk D forward, 10 B H Tq Tk D backward      launches  1; backward 2, or 3 where queries are split
  bytes     q, k, v read, out written; backward reads q, dO, k, v twice and writes dQ, dK, dV
 
-Made for keys that fit one tile: a text prompt of 77 tokens, a small image. Every program holds all keys and values of
-its head, so a row of scores is whole in registers: no online softmax, and backward needs neither out nor the row
-log-sum-exp of forward (P and rowsum(P dP) come from the same tile). dK and dV are sums over queries: each program sums
-its share in order, a last kernel adds the shares in order. More keys than a tile go to torch's attention (`explain`
-says when and why).
+On a GPU made for keys that fit one tile: a text prompt of 77 tokens, a small image. Every program holds all keys and
+values of its head, so a row of scores is whole in registers: no online softmax, and backward needs neither out nor the
+row log-sum-exp of forward (P and rowsum(P dP) come from the same tile). dK and dV are sums over queries: each program
+sums its share in order, a last kernel adds the shares in order. More keys than a tile go to torch's attention (`explain`
+says when and why). On a CPU csrc/cpu/attention.cpp takes any number of keys.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _native, _rows
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, interpreted, jit, lookup, tl, triton
 
 MAX_KEYS = 128  # of the Triton kernels: one tile
 MAX_DIM = 160
-SHORT = 256 * 80  # queries times keys up to which plain products beat the fused CPU kernel, in backward above all
+SHORT = (
+    256 * 80
+)  # queries times keys up to which, without C++, plain products beat torch's kernel: in backward above all
+NATIVE = _native.available()
 LOG2_E = 1.4426950408889634
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -514,9 +517,11 @@ def elsewhere(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> st
         if keys > MAX_KEYS or q.shape[3] > MAX_DIM:
             return f"more than {MAX_KEYS} keys, or a head dimension over {MAX_DIM}, do not fit one tile"
         return ""
-    if kind == "cpu" and q.shape[2] * keys <= SHORT:
+    if kind != "cpu":
+        return f"no kernel here for device type {kind}"
+    if NATIVE or q.shape[2] * keys <= SHORT:
         return ""
-    return f"more than {SHORT} queries times keys" if kind == "cpu" else f"no kernel here for device type {kind}"
+    return f"no C++ kernel, and more than {SHORT} queries times keys"
 
 
 BACKWARD = Op(
@@ -526,6 +531,7 @@ BACKWARD = Op(
     check=_check_backward,
     fake=lambda dout, q, k, v, scale: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)),
     triton=_triton_backward,
+    cpp=True,
 )
 
 OP = Op(
@@ -536,6 +542,7 @@ OP = Op(
     fake=lambda q, k, v, scale: torch.empty_like(q),
     check=_check,
     triton=_triton,
+    cpp=True,
     differentiable=("q", "k", "v"),
     backward=_backward,
     setup_context=_setup_context,

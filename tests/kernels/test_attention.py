@@ -31,7 +31,9 @@ def gradients(tensors: dict[str, Tensor], **options: float) -> tuple[Tensor, ...
 
 @pytest.mark.parametrize("sizes", [{}, {"tq": 300, "tk": 77}, {"tq": 64, "tk": 400}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}], ids=str)
-def test_torchs_attention_is_the_same_function(sizes, options):
+@pytest.mark.parametrize("native", [True, False])
+def test_torchs_attention_is_the_same_function(sizes, options, native, monkeypatch):
+    monkeypatch.setattr(op_file, "NATIVE", native)  # without it the long ones are torch's
     tensors = inputs(**sizes)
     leaves = [t.detach().clone().requires_grad_() for t in tensors.values()]
     out = F.scaled_dot_product_attention(*leaves, **options)
@@ -85,13 +87,16 @@ def test_autocast_computes_in_its_dtype():
     assert torch.equal(out, attention(**{name: t.bfloat16() for name, t in tensors.items()}))
 
 
-def test_explain_names_where_it_runs():
+def test_explain_names_where_it_runs(monkeypatch):
     few, many = inputs(1, 1, 16, 16, dtype=torch.float32), inputs(1, 1, 1024, 1024, dtype=torch.float32)
+    monkeypatch.setattr(op_file, "NATIVE", False)
     assert explain(attention, **few).implementation != "torch"
     said = explain(attention, **many)
     assert said.implementation == "torch" and "queries" in said.why
     with use("reference"):
         assert explain(attention, **many).implementation == "reference"
+    monkeypatch.setattr(op_file, "NATIVE", True)
+    assert explain(attention, **many).implementation != "torch"
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 48, 64, 80, 96, 100, 120, 128, 160])

@@ -1,0 +1,403 @@
+// softmax(scale q k^T) v for keys that stay in the second cache: whole rows of scores, every product on packed rows.
+//
+// A head's keys and values are packed once into rows padded to whole vectors (transposed where they are the right-hand
+// side of a product over the head dimension); queries go through in blocks. Everything is computed in float32 (float64
+// for float64), whatever the tensors hold. A task is a block of queries (forward) or a head (backward): the order of
+// every sum is fixed, whoever runs it.
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "kernels.h"
+
+namespace hypersd {
+namespace {
+
+template <class C>
+struct Lanes {
+  typedef C type __attribute__((vector_size(64)));
+  static constexpr int count = 64 / sizeof(C);
+};
+template <class C>
+using Vec = typename Lanes<C>::type;
+
+constexpr int kRows = 6;         // rows of a product computed at a time, against one or two vectors of columns
+constexpr int64_t kBlock = 48;   // queries at a time: a multiple of kRows
+
+int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class C, int R, int J>
+HYPERSD_INLINE void micro(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
+                          int64_t inner, bool accumulate) {
+  Vec<C> sum[R][J];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) {
+      if (accumulate) std::memcpy(&sum[r][j], c + r * ldc + j * Lanes<C>::count, 64);
+      else sum[r][j] = Vec<C>{};
+    }
+  for (int64_t i = 0; i < inner; ++i) {
+    Vec<C> right[J];
+    for (int j = 0; j < J; ++j) std::memcpy(&right[j], b + i * ldb + j * Lanes<C>::count, 64);
+    for (int r = 0; r < R; ++r) {
+      const C left = a[r * a_row + i * a_inner];
+      for (int j = 0; j < J; ++j) sum[r][j] += left * right[j];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) std::memcpy(c + r * ldc + j * Lanes<C>::count, &sum[r][j], 64);
+}
+
+template <class C, int J>
+HYPERSD_INLINE void columns(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
+                            int64_t rows, int64_t inner, bool accumulate) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    micro<C, kRows, J>(a + r * a_row, a_row, a_inner, b, ldb, c + r * ldc, ldc, inner, accumulate);
+  a += r * a_row;
+  c += r * ldc;
+  switch (rows - r) {
+    case 5: micro<C, 5, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
+    case 4: micro<C, 4, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
+    case 3: micro<C, 3, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
+    case 2: micro<C, 2, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
+    case 1: micro<C, 1, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
+    default: break;
+  }
+}
+
+template <class C, int J>
+HYPERSD_INLINE void product_of(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
+                            int64_t rows, int64_t n, int64_t inner, bool accumulate) {
+  constexpr int64_t lanes = Lanes<C>::count;
+  int64_t j = 0;
+  for (; j + J * lanes <= n; j += J * lanes)
+    columns<C, J>(a, a_row, a_inner, b + j, ldb, c + j, ldc, rows, inner, accumulate);
+  for (; j < n; j += lanes) columns<C, 1>(a, a_row, a_inner, b + j, ldb, c + j, ldc, rows, inner, accumulate);
+}
+
+// c (rows, n) (+)= a b: a(r, i) = a[r a_row + i a_inner], b (inner, n) and c in rows of whole vectors. Two vectors of
+// columns at a time where there are registers for 6 x 2 sums of 64 bytes.
+template <class C>
+struct Operands {
+  const C* a;
+  int64_t a_row, a_inner;
+  const C* b;
+  int64_t ldb;
+  C* c;
+  int64_t ldc, rows, n, inner;
+  bool accumulate;
+};
+template <class C>
+HYPERSD_INLINE void product_any(const Operands<C>& o, bool many) {
+  many ? product_of<C, 2>(o.a, o.a_row, o.a_inner, o.b, o.ldb, o.c, o.ldc, o.rows, o.n, o.inner, o.accumulate)
+       : product_of<C, 1>(o.a, o.a_row, o.a_inner, o.b, o.ldb, o.c, o.ldc, o.rows, o.n, o.inner, o.accumulate);
+}
+HYPERSD_INLINE void product_float_body(const Operands<float>& o, bool many) { product_any(o, many); }
+HYPERSD_INLINE void product_double_body(const Operands<double>& o, bool many) { product_any(o, false); }
+HYPERSD_KERNEL(product_float, (const Operands<float>& o, bool many), (o, many))
+HYPERSD_KERNEL(product_double, (const Operands<double>& o, bool many), (o, many))
+void product(const Operands<float>& o) { product_float(o, isa() == Isa::avx512); }
+void product(const Operands<double>& o) { product_double(o, false); }
+
+// e^x for x <= 0 (Cody and Waite's reduction, a minimax polynomial of degree 6; NaN stays NaN).
+HYPERSD_INLINE void exponentials(float* x, float high, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = x[i] - high, magic = 12582912.0f;
+    const float shifted = t * 1.44269504088896341f + magic, k = shifted - magic;
+    const float r = (t - k * 0.693359375f) - k * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const uint32_t power = (float_to_bits(shifted) - float_to_bits(magic) + 127u) << 23;
+    x[i] = t < -87.0f ? 0.0f : p * bits_to_float(power);
+  }
+}
+HYPERSD_INLINE void exponentials(double* x, double high, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i] - high);
+}
+
+// Scores to exponentials in place, zeros from `keys` to `width`; returns 1 / their sum.
+template <class C>
+HYPERSD_INLINE C softmax_row(C* s, int64_t keys, int64_t width) {
+  constexpr int64_t lanes = Lanes<C>::count;
+  const C low = -std::numeric_limits<C>::infinity();
+  for (int64_t j = keys; j < width; ++j) s[j] = low;
+  C part[lanes], sum[lanes], high = low, total = 0;
+  for (int64_t l = 0; l < lanes; ++l) part[l] = low, sum[l] = 0;
+  for (int64_t j = 0; j < width; j += lanes)
+    for (int64_t l = 0; l < lanes; ++l) part[l] = s[j + l] > part[l] ? s[j + l] : part[l];
+  for (int64_t l = 0; l < lanes; ++l) high = part[l] > high ? part[l] : high;
+  exponentials(s, high, width);
+  for (int64_t j = keys; j < width; ++j) s[j] = 0;
+  for (int64_t j = 0; j < width; j += lanes)
+    for (int64_t l = 0; l < lanes; ++l) sum[l] += s[j + l];
+  for (int64_t l = 0; l < lanes; ++l) total += sum[l];
+  return C(1) / total;
+}
+
+// Rows of scores to unnormalised probabilities, and the factors that normalise them.
+template <class C>
+HYPERSD_INLINE void softmax_rows(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {
+  for (int64_t i = 0; i < rows; ++i) norm[i] = softmax_row<C>(s + i * width, keys, width);
+}
+// Rows of scores and of dP to P and dS = P * (dP - rowsum(P * dP)).
+template <class C>
+HYPERSD_INLINE void slope_rows(C* s, C* slopes, int64_t rows, int64_t keys, int64_t width) {
+  constexpr int64_t lanes = Lanes<C>::count;
+  for (int64_t i = 0; i < rows; ++i) {
+    C* HYPERSD_RESTRICT row = s + i * width;
+    C* HYPERSD_RESTRICT slope = slopes + i * width;
+    const C norm = softmax_row<C>(row, keys, width);
+    C part[lanes], mean = 0;
+    for (int64_t l = 0; l < lanes; ++l) part[l] = 0;
+    for (int64_t j = 0; j < width; j += lanes)
+      for (int64_t l = 0; l < lanes; ++l) {
+        row[j + l] *= norm;
+        part[l] += row[j + l] * slope[j + l];
+      }
+    for (int64_t l = 0; l < lanes; ++l) mean += part[l];
+    for (int64_t j = 0; j < width; ++j) slope[j] = row[j] * (slope[j] - mean);
+  }
+}
+
+// One (batch, heads, tokens, dim) tensor.
+struct Heads {
+  View view;
+  explicit Heads(const Tensor& t) : view(t) {}
+  int64_t offset(int64_t head, int64_t token) const {
+    const int64_t b = head / view.size[1], h = head % view.size[1];
+    return b * view.stride[0] + h * view.stride[1] + token * view.stride[2];
+  }
+};
+
+template <class C>
+HYPERSD_INLINE void fetch(const Heads& t, int64_t head, int64_t token, C* HYPERSD_RESTRICT row, C* buffer) {
+  const int64_t dim = t.view.size[3], stride = t.view.stride[3], offset = t.offset(head, token);
+  if (stride == 1 || dim == 1) {
+    const C* HYPERSD_RESTRICT from = load<C>(t.view.data, t.view.type, offset, dim, buffer);
+    for (int64_t d = 0; d < dim; ++d) row[d] = from[d];
+  } else {
+    for (int64_t d = 0; d < dim; ++d) row[d] = *load<C>(t.view.data, t.view.type, offset + d * stride, 1, buffer);
+  }
+}
+template <class C>
+HYPERSD_INLINE void put(const Heads& t, int64_t head, int64_t token, const C* row, C factor, C* buffer) {
+  const int64_t dim = t.view.size[3], stride = t.view.stride[3], offset = t.offset(head, token);
+  const bool dense = stride == 1 || dim == 1;
+  for (int64_t d = 0; d < dim; d += dense ? dim : 1) {
+    const int64_t count = dense ? dim : 1, at = dense ? offset : offset + d * stride;
+    C* HYPERSD_RESTRICT out = target<C>(t.view.data, t.view.type, at, buffer);
+    for (int64_t i = 0; i < count; ++i) out[i] = factor * row[d + i];
+    store<C>(t.view.data, t.view.type, at, count, out);
+  }
+}
+
+struct Problem {
+  Heads q, k, v;
+  int64_t heads, queries, keys, dim;
+  double scale;
+  const Heads* out;                // forward
+  const Heads *dout, *dq, *dk, *dv;  // backward
+};
+
+// `count` tokens as rows of `ld`, times `factor`, zeros behind; and, if `across`, as columns of it.
+template <class C>
+HYPERSD_INLINE void pack_rows(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld,
+                         C* across, int64_t across_ld, C* buffer) {
+  const int64_t dim = t.view.size[3];
+  for (int64_t i = 0; i < count; ++i) {
+    C* HYPERSD_RESTRICT row = rows + i * ld;
+    fetch<C>(t, head, first + i, row, buffer);
+    if (factor != C(1))
+      for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
+    for (int64_t d = dim; d < ld; ++d) row[d] = 0;
+  }
+  if (!across) return;
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int64_t i = 0; i < count; ++i) across[d * across_ld + i] = rows[i * ld + d];
+    for (int64_t i = count; i < across_ld; ++i) across[d * across_ld + i] = 0;
+  }
+}
+
+template <class C>
+HYPERSD_INLINE void unpack_rows(const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows, int64_t ld,
+                                const C* factors, C factor, C* buffer) {
+  for (int64_t i = 0; i < count; ++i)
+    put<C>(t, head, first + i, rows + i * ld, factors ? factors[i] : factor, buffer);
+}
+
+// The same for each type, compiled for each instruction set.
+#define HYPERSD_FOR(C)                                                                                             \
+  HYPERSD_INLINE void softmax_##C##_body(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {               \
+    softmax_rows<C>(s, rows, keys, width, norm);                                                                   \
+  }                                                                                                                \
+  HYPERSD_INLINE void slopes_##C##_body(C* s, C* ds, int64_t rows, int64_t keys, int64_t width) {                  \
+    slope_rows<C>(s, ds, rows, keys, width);                                                                       \
+  }                                                                                                                \
+  HYPERSD_INLINE void pack_##C##_body(const Heads& t, int64_t head, int64_t first, int64_t count, C factor,        \
+                                      C* rows, int64_t ld, C* across, int64_t across_ld, C* buffer) {              \
+    pack_rows<C>(t, head, first, count, factor, rows, ld, across, across_ld, buffer);                              \
+  }                                                                                                                \
+  HYPERSD_INLINE void unpack_##C##_body(const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows, \
+                                        int64_t ld, const C* factors, C factor, C* buffer) {                       \
+    unpack_rows<C>(t, head, first, count, rows, ld, factors, factor, buffer);                                      \
+  }                                                                                                                \
+  HYPERSD_KERNEL(softmax_##C, (C * s, int64_t rows, int64_t keys, int64_t width, C* norm),                         \
+                 (s, rows, keys, width, norm))                                                                     \
+  HYPERSD_KERNEL(slopes_##C, (C * s, C * ds, int64_t rows, int64_t keys, int64_t width),                           \
+                 (s, ds, rows, keys, width))                                                                       \
+  HYPERSD_KERNEL(pack_##C, (const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows,         \
+                 int64_t ld, C* across, int64_t across_ld, C* buffer),                                             \
+                 (t, head, first, count, factor, rows, ld, across, across_ld, buffer))                             \
+  HYPERSD_KERNEL(unpack_##C, (const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows,           \
+                 int64_t ld, const C* factors, C factor, C* buffer),                                               \
+                 (t, head, first, count, rows, ld, factors, factor, buffer))                                       \
+  void softmax(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {                                         \
+    softmax_##C(s, rows, keys, width, norm);                                                                       \
+  }                                                                                                                \
+  void slopes(C* s, C* ds, int64_t rows, int64_t keys, int64_t width) { slopes_##C(s, ds, rows, keys, width); }    \
+  void pack(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld, C* across,  \
+            int64_t across_ld, C* buffer) {                                                                        \
+    pack_##C(t, head, first, count, factor, rows, ld, across, across_ld, buffer);                                  \
+  }                                                                                                                \
+  void unpack(const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows, int64_t ld,               \
+              const C* factors, C factor, C* buffer) {                                                             \
+    unpack_##C(t, head, first, count, rows, ld, factors, factor, buffer);                                          \
+  }
+HYPERSD_FOR(float)
+HYPERSD_FOR(double)
+
+// Memory of one thread, cut into arrays that begin on whole vectors.
+template <class C>
+struct Scratch {
+  std::unique_ptr<C[]> memory;
+  C* next;
+  explicit Scratch(int64_t count) : memory(new C[count + 2 * Lanes<C>::count]) {
+    next = memory.get();
+    while (reinterpret_cast<uintptr_t>(next) % 64) ++next;
+  }
+  C* take(int64_t count) {
+    C* start = next;
+    next += padded(count, Lanes<C>::count);
+    return start;
+  }
+};
+
+template <class C>
+void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Lanes<C>::count;
+  const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes), blocks = (p.queries + kBlock - 1) / kBlock;
+  Scratch<C> scratch(2 * p.keys * ld + p.dim * width + kBlock * (2 * ld + width) + ld + 8 * lanes);
+  C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *v = scratch.take(p.keys * ld);
+  C *q = scratch.take(kBlock * ld), *s = scratch.take(kBlock * width), *o = scratch.take(kBlock * ld);
+  C *buffer = scratch.take(ld), norm[kBlock];
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / blocks, first = task % blocks * kBlock;
+    const int64_t rows = p.queries - first < kBlock ? p.queries - first : kBlock;
+    if (head != packed) {
+      pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
+      pack(p.v, head, 0, p.keys, C(1), v, ld, nullptr, 0, buffer);
+      packed = head;
+    }
+    pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, nullptr, 0, buffer);
+    product(Operands<C>{q, ld, 1, kt, width, s, width, rows, width, p.dim, false});
+    softmax(s, rows, p.keys, width, norm);
+    product(Operands<C>{s, width, 1, v, ld, o, ld, rows, ld, p.keys, false});
+    unpack(*p.out, head, first, rows, o, ld, norm, C(1), buffer);
+  }
+}
+
+template <class C>
+void backward_tasks(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Lanes<C>::count;
+  const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes);
+  Scratch<C> scratch(4 * p.keys * ld + 2 * p.dim * width + kBlock * (3 * ld + 2 * width) + ld + 16 * lanes);
+  C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *dk = scratch.take(p.keys * ld);
+  C *vt = scratch.take(p.dim * width), *v = scratch.take(p.keys * ld), *dv = scratch.take(p.keys * ld);
+  C *q = scratch.take(kBlock * ld), *dout = scratch.take(kBlock * ld), *dq = scratch.take(kBlock * ld);
+  C *s = scratch.take(kBlock * width), *ds = scratch.take(kBlock * width), *buffer = scratch.take(ld);
+  for (int64_t head = begin; head < end; ++head) {
+    pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
+    pack(p.v, head, 0, p.keys, C(1), v, ld, vt, width, buffer);
+    for (int64_t first = 0; first < p.queries; first += kBlock) {
+      const int64_t rows = p.queries - first < kBlock ? p.queries - first : kBlock;
+      pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, nullptr, 0, buffer);
+      pack(*p.dout, head, first, rows, C(1), dout, ld, nullptr, 0, buffer);
+      product(Operands<C>{q, ld, 1, kt, width, s, width, rows, width, p.dim, false});
+      product(Operands<C>{dout, ld, 1, vt, width, ds, width, rows, width, p.dim, false});
+      slopes(s, ds, rows, p.keys, width);
+      product(Operands<C>{s, 1, width, dout, ld, dv, ld, p.keys, ld, rows, first > 0});
+      product(Operands<C>{ds, 1, width, q, ld, dk, ld, p.keys, ld, rows, first > 0});
+      product(Operands<C>{ds, width, 1, k, ld, dq, ld, rows, ld, p.keys, false});
+      unpack(*p.dq, head, first, rows, dq, ld, nullptr, static_cast<C>(p.scale), buffer);
+    }
+    unpack(*p.dk, head, 0, p.keys, dk, ld, nullptr, C(1), buffer);
+    unpack(*p.dv, head, 0, p.keys, dv, ld, nullptr, C(1), buffer);
+  }
+}
+
+Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  Problem p{Heads(q), Heads(k), Heads(v), 0, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const View &a = p.q.view, &b = p.k.view;
+  STD_TORCH_CHECK(q.is_cpu() && k.is_cpu() && v.is_cpu(), "attention: expected CPU tensors");
+  STD_TORCH_CHECK(a.type != Type::other && b.type == a.type && p.v.view.type == a.type, "attention: dtypes differ");
+  STD_TORCH_CHECK(a.dim == 4 && b.dim == 4 && b.same_size(p.v.view) && a.size[0] == b.size[0] &&
+                      a.size[1] == b.size[1] && a.size[3] == b.size[3] && a.size[3] > 0,
+                  "attention: shapes do not fit");
+  p.heads = a.size[0] * a.size[1], p.queries = a.size[2], p.keys = b.size[2], p.dim = a.size[3];
+  p.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(p.dim));
+  return p;
+}
+
+template <class F>
+void over_tasks(int64_t tasks, int64_t multiplications, const F& run) {
+  constexpr int64_t least = 1 << 18;  // a share of the work that a second thread is worth
+  const int64_t grain = multiplications > least ? 1 : least / (multiplications + 1);
+  if (tasks > grain) {
+    torch::stable::parallel_for(0, tasks, grain, run);
+  } else if (tasks > 0) {
+    run(0, tasks);
+  }
+}
+
+}  // namespace
+
+Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale) {
+  Problem p = problem(q, k, v, scale);
+  Tensor result = torch::stable::empty_like(q);
+  const Heads out(result);
+  p.out = &out;
+  const bool wide = out.view.type == Type::float64;
+  if (p.keys == 0 && out.view.numel) return torch::stable::fill_(result, 0.0);
+  const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
+  over_tasks(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) {
+    wide ? forward_tasks<double>(p, begin, end) : forward_tasks<float>(p, begin, end);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                      std::optional<double> scale) {
+  Problem p = problem(q, k, v, scale);
+  Tensor results[3] = {torch::stable::empty_like(q), torch::stable::empty_like(k), torch::stable::empty_like(k)};
+  const Heads gradient(dout), dq(results[0]), dk(results[1]), dv(results[2]);
+  STD_TORCH_CHECK(gradient.view.same_size(p.q.view) && gradient.view.type == p.q.view.type && dout.is_cpu(),
+                  "attention: the gradient does not fit the output");
+  p.dout = &gradient, p.dq = &dq, p.dk = &dk, p.dv = &dv;
+  const bool wide = dq.view.type == Type::float64;
+  if (p.keys == 0 || p.queries == 0) {
+    for (Tensor& t : results) torch::stable::fill_(t, 0.0);
+  } else {
+    over_tasks(p.heads, 5 * p.queries * p.keys * p.dim, [&](int64_t begin, int64_t end) {
+      wide ? backward_tasks<double>(p, begin, end) : backward_tasks<float>(p, begin, end);
+    });
+  }
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace hypersd
