@@ -8,8 +8,8 @@
 On a GPU made for keys that fit one tile: a text prompt of 77 tokens, a small image. Every program holds all keys and
 values of its head, so a row of scores is whole in registers: no online softmax, and backward needs neither out nor the
 row log-sum-exp of forward (P and rowsum(P dP) come from the same tile). dK and dV are sums over queries: each program
-sums its share in order, a last kernel adds the shares in order. More keys than a tile go to torch's attention (`explain`
-says when and why). On a CPU csrc/cpu/attention.cpp takes any number of keys.
+sums its share in order, a last kernel adds the shares in order. More keys than a tile go to torch's attention
+(`explain` says when and why). On a CPU csrc/cpu/attention.cpp takes any number of keys.
 """
 
 from __future__ import annotations
