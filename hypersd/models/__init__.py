@@ -18,6 +18,8 @@ _HOME = {
     "encode_images": "prompts",
     "encode_null": "prompts",
     "encode_prompts": "prompts",
+    "fuse": "fused",
+    "unfuse": "fused",
     "load_lora": "export",
     "save_lora": "export",
 }

@@ -1,0 +1,111 @@
+"""A diffusers network on the fused operators: GroupNorm with its SiLU, and GEGLU, in fewer passes over memory.
+
+Only classes change, in place: weights, state dict, LoRA keys and module paths stay what they are, and layers that were
+wrapped meanwhile (LoRA slots) are found by their names as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from hypersd.kernels import geglu, group_norm_silu
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """GroupNorm by the fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=False)
+
+
+class FusedGroupNormSiLU(nn.GroupNorm):
+    """GroupNorm and the SiLU after it; the activation that followed is an `Applied`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Applied(nn.SiLU):
+    """A SiLU that the layer before has applied already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FusedGEGLU(GEGLU):
+    """The first layer of a feed-forward block: projection, then value * gelu(gate)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return geglu(self.proj(hidden_states))
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """norm1, SiLU, conv1, + time embedding, norm2, SiLU, conv2, + shortcut. Its norms are FusedGroupNormSiLU."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.conv1(self.norm1(input_tensor))
+        if self.time_emb_proj is not None:
+            temb = temb if self.skip_time_act else self.nonlinearity(temb)
+            temb = self.time_emb_proj(temb)[:, :, None, None]
+        if temb is not None and self.time_embedding_norm == "default":
+            hidden = hidden + temb
+        hidden = self.conv2(self.dropout(self.norm2(hidden)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    FusedGroupNorm: nn.GroupNorm,
+    FusedGroupNormSiLU: nn.GroupNorm,
+    Applied: nn.SiLU,
+    FusedGEGLU: GEGLU,
+    FusedResnetBlock2D: ResnetBlock2D,
+}
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """Put the fused operators into a diffusers UNet or VAE, in place; returns `network`.
+
+    Residual blocks get GroupNorm + SiLU (those that resample inside or scale by the time embedding stay as they are),
+    and so does the norm before the last convolution; the other GroupNorms and the GEGLU layers of feed-forward blocks
+    follow. Outputs agree to rounding. Do it before or after Backbone wraps the network, with or without gradient
+    checkpointing, once or twice.
+    """
+    for module in network.modules():
+        if type(module) is ResnetBlock2D and _is_plain(module):
+            module.__class__ = FusedResnetBlock2D
+            module.norm1.__class__ = module.norm2.__class__ = FusedGroupNormSiLU
+        last, activation = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
+        if type(last) is nn.GroupNorm and type(activation) is nn.SiLU:
+            last.__class__, activation.__class__ = FusedGroupNormSiLU, Applied
+    for module in network.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = FusedGroupNorm
+        elif type(module) is GEGLU:
+            module.__class__ = FusedGEGLU
+    return network
+
+
+def unfuse(network: nn.Module) -> nn.Module:
+    """Undo `fuse`, in place; returns `network`."""
+    for module in network.modules():
+        plain = _PLAIN.get(type(module))
+        if plain is not None:
+            module.__class__ = plain
+    return network
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm != "scale_shift"
+        and type(block.nonlinearity) is nn.SiLU
+        and type(block.norm1) is type(block.norm2) is nn.GroupNorm
+    )

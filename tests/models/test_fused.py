@@ -1,0 +1,138 @@
+"""The fused form of a network computes what the network computes, keeps its names, and comes out again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from hypersd.models import Backbone, LoraSpec, fuse, unfuse
+from hypersd.models.fused import FusedGEGLU, FusedGroupNorm, FusedGroupNormSiLU, FusedResnetBlock2D
+from tests.conftest import make_sdxl_unet, make_unet, make_vae
+from tests.kernels.checks import Recorder
+
+SPEC = LoraSpec(rank=4, alpha=4.0)
+
+
+def classes(network: nn.Module) -> list[type]:
+    return [type(module) for module in network.modules()]
+
+
+def call(network: nn.Module, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return network(x, torch.tensor(500), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(s, generator=generator).to(dtype) for s in ((2, 4, 16, 16), (2, 16, 32)))  # type: ignore
+
+
+def test_float64_output_and_gradient_are_the_networks():
+    network = make_unet().double()
+    x, text = batch(torch.float64)
+    found = []
+    for prepare in (lambda n: n, fuse, unfuse):
+        prepare(network)
+        leaf = x.clone().requires_grad_()
+        y = call(network, leaf, text)
+        found.append((y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]))
+    (plain, grad), (fused, fused_grad), (again, _) = found
+    assert torch.equal(plain, again) and not torch.equal(plain, fused)  # another order of the same sums: it did run
+    torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(fused_grad, grad, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_at_most_twice_the_networks(dtype, last):
+    exact = make_unet().double()
+    x, text = batch(dtype)
+    truth = call(exact, x.double(), text.double())
+    network = make_unet().to(dtype)
+    if last:
+        network, x = network.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = call(network, x, text)
+        fused = call(fuse(network), x, text)
+    errors = [(y.double() - truth).norm() / truth.norm() for y in (fused, plain)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("make", [make_unet, make_sdxl_unet, make_vae])
+def test_every_layer_is_found_and_put_back(make):
+    network = make()
+    before, keys = classes(network), list(network.state_dict())
+    plain = [module for module in network.modules() if type(module) in (nn.GroupNorm, GEGLU, ResnetBlock2D)]
+    assert fuse(fuse(network)) is network
+    assert plain and all(type(m) in (FusedGroupNorm, FusedGroupNormSiLU, FusedGEGLU, FusedResnetBlock2D) for m in plain)
+    assert list(network.state_dict()) == keys
+    silu = [m for m in plain if type(m) is FusedGroupNormSiLU]
+    blocks = [m for m in plain if type(m) is FusedResnetBlock2D]
+    assert len(silu) == 2 * len(blocks) + (2 if make is make_vae else 1)  # the last norm of each network
+    assert unfuse(network) is network and classes(network) == before
+
+
+def test_operators_run_once_each():
+    network, (x, text) = make_unet(), batch()
+    norms = sum(isinstance(m, nn.GroupNorm) for m in network.modules())
+    gates = sum(isinstance(m, GEGLU) for m in network.modules())
+    with Recorder() as record, torch.no_grad():
+        call(fuse(network), x, text)
+    names = [func.__name__.split(".")[0] for func, _ in record.calls]
+    assert names.count("_group_norm_silu") == norms and names.count("_geglu") == gates
+
+
+@pytest.mark.parametrize("options", [{"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}])
+def test_unusual_blocks_keep_their_activation(options):
+    network, (x, text) = make_unet(**options), batch()
+    with torch.no_grad():
+        plain = call(network, x, text)
+        fused = call(fuse(network), x, text)
+    assert not any(isinstance(m, FusedResnetBlock2D) for m in network.modules())
+    assert any(isinstance(m, FusedGroupNorm) for m in network.modules())
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["fused before", "fused after"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backbone_on_it_has_the_same_roles_and_gradients(order, checkpointing):
+    x, text = batch()
+    found = []
+    for fused in (False, True):
+        network = make_unet()
+        if fused and order == "fused before":
+            fuse(network)
+        backbone = Backbone(network, SPEC, roles=("student",))
+        with torch.no_grad():
+            for parameter in backbone.role_parameters("student").values():
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        if fused and order == "fused after":
+            fuse(network)
+        if checkpointing:
+            backbone.enable_gradient_checkpointing()
+            network.train()
+        y = backbone(x, torch.tensor(500), {"encoder_hidden_states": text}, role="student")
+        y.square().mean().backward()
+        grads = {name: p.grad for name, p in backbone.role_parameters("student").items()}
+        found.append((y.detach(), grads, sorted(backbone.lora_state_dict("student")), backbone))
+    (y, grads, keys, _), (fused_y, fused_grads, fused_keys, backbone) = found
+    assert keys == fused_keys
+    torch.testing.assert_close(fused_y, y, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        assert ((fused_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7).item(), name
+    released = unfuse(backbone.release())
+    assert classes(released) == classes(make_unet())
+
+
+def test_a_copy_is_fused_too_and_compiles_whole():
+    network = copy.deepcopy(fuse(make_unet()))
+    assert any(isinstance(m, FusedResnetBlock2D) for m in network.modules())
+    x, text = batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(call(compiled, x, text), call(network, x, text), rtol=1e-4, atol=1e-5)
