@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypersd.kernels import use
 from hypersd.kernels._op import Case, Op
 
+CUDA = pytest.param(
+    "cuda", id="cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+)
+DEVICES = (pytest.param("cpu", id="cpu"), CUDA)
 SMALL_FLOPS = 1.5e8  # larger cases belong to the benchmark, which checks them before it times them
 
 
@@ -45,7 +50,7 @@ def evaluate(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {k: inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)}
     out = op.function(**inputs)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(out.shape, generator=generator).to(out.dtype)
+    upstream = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
     found = {"out": out.detach()}
     if leaves:
         grads = torch.autograd.grad(out, list(leaves.values()), upstream)
