@@ -9,12 +9,20 @@ import torch
 
 from hypersd.kernels import _native, use
 from hypersd.kernels._op import OPS, Op
+from tests.kernels import checks
 
 
 @pytest.fixture(autouse=True)
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions of a GPU in float32, not TF32: what an error is measured by must not be a thousand times as large."""
+    """Convolutions of a GPU in float32, not TF32: no yardstick that is a thousand times as long."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=checks.DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on the CPU and once on the GPU: new tensors are made there."""
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture

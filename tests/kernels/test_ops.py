@@ -17,7 +17,6 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 
 
-
 def implementations(op: Op, device: str) -> tuple[str, ...]:
     """What can run there, for the `implementation` fixture."""
     if device == "cpu":
