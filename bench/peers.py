@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hypersd.kernels._op import Op
 
@@ -27,13 +27,30 @@ def eager(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: op.reference(*arguments), leaves)
 
 
-def compiled(op: Op, inputs: dict[str, Any]) -> Runner:
+def compiled(op: Op, inputs: dict[str, Any], mode: str = "default") -> Runner:
     """torch.compile of the definition, for these shapes."""
-    torch._dynamo.reset()
     changed, leaves = with_leaves(op, inputs)
     arguments = schema_arguments(op, changed)
-    function = torch.compile(op.reference, dynamic=False)
+    signature = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in arguments]
+    if _compiled.get("for") != (op.name, signature):  # another case: copies of this one share its function
+        torch._dynamo.reset()
+        _compiled.clear()
+        _compiled["for"] = op.name, signature
+    if mode not in _compiled:
+        _compiled[mode] = torch.compile(op.reference, dynamic=False, mode=mode)
+    function = _compiled[mode]
     return Runner(lambda: function(*arguments), leaves)
+
+
+_compiled: dict[str, Any] = {}
+
+
+def autotuned(op: Op, inputs: dict[str, Any]) -> Runner | None:
+    """torch.compile that tries every product kernel it has: minutes for each case, so for large ones on a GPU alone,
+    and only where it is asked for."""
+    large = op.cost is not None and op.cost(**inputs).flops >= 5e9
+    wanted = large and inputs["x"].is_cuda and inputs["x"].dtype == torch.bfloat16
+    return compiled(op, inputs, "max-autotune-no-cudagraphs") if wanted else None
 
 
 def peft(op: Op, inputs: dict[str, Any]) -> Runner:
@@ -75,15 +92,19 @@ def base_layer(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: F.conv2d(x, weight, bias, stride, padding), {"x": x}, same=False)
 
 
-PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner]]] = {
+PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
     "": {OURS: ours, EAGER: eager, "compile": compiled},
-    "lora_linear": {"peft": peft, "base": base_layer},
+    "lora_linear": {"max-autotune": autotuned, "peft": peft, "base": base_layer},
     "lora_conv2d": {"peft": peft, "base": base_layer},
 }
 
 
 def runners_for(op: Op, inputs: dict[str, Any], peers: Sequence[str] | None = None) -> dict[str, Runner]:
-    """Every provider of this operator (ours and eager always), or those in `peers`."""
+    """Every provider of this operator but max-autotune, or those in `peers`; ours and eager always."""
     known = PROVIDERS[""] | PROVIDERS.get(op.name, {})
-    wanted = known if peers is None else {n: f for n, f in known.items() if n in (OURS, EAGER, *peers)}
-    return {name: make(op, inputs) for name, make in wanted.items()}
+    wanted = (
+        {n: f for n, f in known.items() if f is not autotuned}
+        if peers is None
+        else {n: f for n, f in known.items() if n in (OURS, EAGER, *peers)}
+    )
+    return {name: runner for name, make in wanted.items() if (runner := make(op, inputs)) is not None}
