@@ -36,7 +36,7 @@ class Runner:
     """One provider, ready to be called. `leaves` are the differentiable inputs, named as the op names them; `same` is
     False where it computes something else on purpose (the layer without its adapter), as context for the others."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     same: bool = True
 
@@ -75,18 +75,25 @@ def outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
     """y, and the gradients of all leaves under a fixed upstream gradient."""
     with torch.set_grad_enabled(backward):
         y = runner.call()
-    found = {"y": y.detach()}
+    values = (y,) if isinstance(y, Tensor) else y
+    found = named(values)
     if backward:
         for leaf in runner.leaves.values():
             leaf.grad = None
-        y.backward(_upstream(y))
+        torch.autograd.backward(values, _upstreams(values))
         found |= {name: leaf.grad for name, leaf in runner.leaves.items() if leaf.grad is not None}
     return found
 
 
-def _upstream(y: Tensor) -> Tensor:
+def named(values: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a call returned, by name."""
+    values = (values,) if isinstance(values, Tensor) else values
+    return {"y" if i == 0 else f"y{i}": value.detach() for i, value in enumerate(values)}
+
+
+def _upstreams(values: tuple[Tensor, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+    return [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in values]
 
 
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
@@ -128,17 +135,18 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     return samples
 
 
-def step(runner: Runner, backward: bool) -> Callable[[], Tensor]:
-    """What is timed: the call, and with `backward` the gradients of all leaves, from none. Returns y."""
+def step(runner: Runner, backward: bool) -> Callable[[], Any]:
+    """What is timed: the call, and with `backward` the gradients of all leaves, from none. Returns the call's value."""
     if not backward:
         return torch.no_grad()(runner.call)
-    upstream = _upstream(runner.call())
+    first = runner.call()
+    upstream = _upstreams((first,) if isinstance(first, Tensor) else first)
     leaves = list(runner.leaves.values())
 
-    def both() -> Tensor:
+    def both() -> Any:
         y = runner.call()
-        torch.autograd.grad(y, leaves, upstream)
-        return y.detach()
+        torch.autograd.grad((y,) if isinstance(y, Tensor) else y, leaves, upstream)
+        return y
 
     return both
 
@@ -190,7 +198,7 @@ def compare(
         steps = {name: [step(each[name], backward) for each in (runners, *copies)] for name in green}
         samples = gpu.calls(steps, seconds)
         if graphs:
-            rows += _graphs(rows, steps, samples, exact["y"], eager, dtype, seconds)
+            rows += _graphs(rows, steps, samples, exact, eager, dtype, seconds)
     for row in rows:
         timed = samples.get(row.provider + row.mode.removeprefix(mode), [])
         if timed and row.green:
@@ -208,25 +216,27 @@ def compare(
 
 def _graphs(
     rows: list[Result],
-    steps: dict[str, list[Callable[[], Tensor]]],
+    steps: dict[str, list[Callable[[], Any]]],
     samples: dict[str, list[float]],
-    exact: Tensor,
+    exact: dict[str, Tensor],
     eager: float,
     dtype: torch.dtype,
     seconds: float,
 ) -> list[Result]:
     """The same rows by replay of a graph of their steps, judged anew; fills `samples` under "<provider> graph"."""
     made, found = {}, []
+    exact = {name: value for name, value in exact.items() if name.startswith("y")}
     for row in rows:
         if not row.green:
             found.append(replace(row, mode=f"{row.mode} graph"))
             continue
         said, own = "red: it does not fit into a graph", None
         try:
-            captured, y = gpu.graph(steps[row.provider])
-            captured.replay()
-            own = error({"y": y}, {"y": exact}) if row.error is not None else None
-            said = "other" if own is None else verdict(own, eager, dtype)
+            captured, values = gpu.graph(steps[row.provider])
+            if row.error is not None and not getattr(OPS.get(row.op), "mutated", ()):  # in place: changed by now
+                captured.replay()
+                own = error(named(values), exact)
+            said = row.verdict if own is None else verdict(own, eager, dtype)
             made[f"{row.provider} graph"] = (captured.replay, len(steps[row.provider]))
         except RuntimeError as failure:
             said += f" ({str(failure).splitlines()[0][:80]})"
@@ -255,8 +265,14 @@ def schema_arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:
     return seen[0]
 
 
+def written(op: Op, inputs: dict[str, Any], value: Any) -> Any:
+    """What a call returned, or for an operator that works in place the arguments that it wrote to."""
+    return tuple(inputs[name] for name in op.mutated if inputs.get(name) is not None) if op.mutated else value
+
+
 def with_leaves(op: Op, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inputs with fresh leaves in place of the differentiable ones."""
+    """The inputs with fresh leaves in place of the differentiable ones, and copies of what the op writes to."""
+    inputs = inputs | {name: inputs[name].clone() for name in op.mutated if inputs.get(name) is not None}
     leaves = {
         name: inputs[name].detach().clone().requires_grad_()
         for name in op.differentiable
@@ -276,7 +292,7 @@ def measure_op(
     roof: Ceiling | None = None,
 ) -> Iterable[list[Result]]:
     """All bench cases of an operator, forward and (where differentiable) forward with backward."""
-    from .peers import runners_for
+    from .peers import eager, runners_for
 
     for case in op.cases:
         if not case.bench or not case.name.startswith(shapes):
@@ -287,13 +303,10 @@ def measure_op(
                 inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
             for mode in ("forward", "full") if op.backward else ("forward",):
-                changed, leaves = with_leaves(op, wide)
-                exact = outputs(
-                    Runner(lambda changed=changed: op.reference(*schema_arguments(op, changed)), leaves), mode == "full"
-                )
+                exact = outputs(eager(op, wide), mode == "full")
+                runners = runners_for(op, inputs, peers)
                 cost = op.cost(**inputs) if op.cost else None
                 more = gpu.copies(cost.bytes) - 1 if cost and device == "cuda" else 0
-                runners = runners_for(op, inputs, peers)
                 copies = [runners_for(op, gpu.cloned(inputs), peers) for _ in range(more)]
                 yield compare(
                     op.name, case.name, dtype, mode, exact, runners, seconds=seconds, cost=cost, device=device,

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from hypersd.kernels._op import Op
 
-from .harness import EAGER, OURS, Runner, schema_arguments, with_leaves
+from .harness import EAGER, OURS, Runner, schema_arguments, with_leaves, written
 
 
 def ours(op: Op, inputs: dict[str, Any]) -> Runner:
     """The public function, as a caller calls it."""
     changed, leaves = with_leaves(op, inputs)
-    return Runner(lambda: op.function(**changed), leaves)
+    return Runner(lambda: written(op, changed, op.function(**changed)), leaves)
 
 
 def eager(op: Op, inputs: dict[str, Any]) -> Runner:
     """The definition in plain torch, without argument checks."""
     changed, leaves = with_leaves(op, inputs)
     arguments = schema_arguments(op, changed)
-    return Runner(lambda: op.reference(*arguments), leaves)
+    return Runner(lambda: written(op, changed, op.reference(*arguments)), leaves)
 
 
 def compiled(op: Op, inputs: dict[str, Any], mode: str = "default") -> Runner:
@@ -39,7 +39,7 @@ def compiled(op: Op, inputs: dict[str, Any], mode: str = "default") -> Runner:
     if mode not in _compiled:
         _compiled[mode] = torch.compile(op.reference, dynamic=False, mode=mode)
     function = _compiled[mode]
-    return Runner(lambda: function(*arguments), leaves)
+    return Runner(lambda: written(op, changed, function(*arguments)), leaves)
 
 
 _compiled: dict[str, Any] = {}
@@ -92,8 +92,51 @@ def base_layer(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: F.conv2d(x, weight, bias, stride, padding), {"x": x}, same=False)
 
 
+def torch_adamw(op: Op, inputs: dict[str, Any]) -> Runner:
+    """torch.optim.AdamW(fused=True) and a foreach EMA over 256 tensors, with what the case asks for beside them."""
+    changed, _ = with_leaves(op, inputs)
+    size = -(-changed["param"].numel() // 256)
+    parameters = [nn.Parameter(part) for part in changed["param"].split(size)]
+    clip, average = changed.get("clip"), changed["ema"].split(size)
+    on_device = changed["param"].is_cuda
+    rate = changed["lr"] if on_device else float(changed["lr"])
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=changed["betas"], eps=changed["eps"], weight_decay=changed["weight_decay"],
+        fused=True, capturable=on_device,
+    )  # fmt: skip
+    state = zip(parameters, changed["exp_avg"].split(size), changed["exp_avg_sq"].split(size), strict=True)
+    done = torch.as_tensor(float(changed["step"]) - 1.0, device=changed["param"].device)
+    for parameter, first, second in state:
+        optimizer.state[parameter] = {"step": done.clone(), "exp_avg": first, "exp_avg_sq": second}
+    shadow = None if changed.get("shadow") is None else changed["shadow"].split(size)
+
+    @torch.no_grad()
+    def call() -> Any:
+        grads = changed["grad"].float().split(size)
+        for parameter, grad in zip(parameters, grads if clip is None else torch._foreach_mul(grads, clip), strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - changed["ema_decay"])
+        if shadow is not None:
+            torch._foreach_copy_(shadow, [p.data for p in parameters])
+        return written(op, changed, None)
+
+    return Runner(call)
+
+
+def torch_clip(op: Op, inputs: dict[str, Any]) -> Runner:
+    """torch.nn.utils.clip_grad_norm_ over 256 tensors, which also writes the clipped gradient."""
+    size = -(-inputs["grad"].numel() // 256)
+    parameters = [nn.Parameter(part) for part in torch.zeros_like(inputs["grad"]).split(size)]
+    for parameter, grad in zip(parameters, inputs["grad"].clone().split(size), strict=True):
+        parameter.grad = grad
+    return Runner(lambda: torch.nn.utils.clip_grad_norm_(parameters, inputs["max_norm"]), same=False)
+
+
 PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
     "": {OURS: ours, EAGER: eager, "compile": compiled},
+    "adamw_ema_": {"AdamW(fused)": torch_adamw},
+    "clip_coefficient": {"clip_grad_norm_": torch_clip},
     "lora_linear": {"max-autotune": autotuned, "peft": peft, "base": base_layer},
     "lora_conv2d": {"peft": peft, "base": base_layer},
 }
@@ -102,9 +145,6 @@ PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] =
 def runners_for(op: Op, inputs: dict[str, Any], peers: Sequence[str] | None = None) -> dict[str, Runner]:
     """Every provider of this operator but max-autotune, or those in `peers`; ours and eager always."""
     known = PROVIDERS[""] | PROVIDERS.get(op.name, {})
-    wanted = (
-        {n: f for n, f in known.items() if f is not autotuned}
-        if peers is None
-        else {n: f for n, f in known.items() if n in (OURS, EAGER, *peers)}
-    )
-    return {name: runner for name, make in wanted.items() if (runner := make(op, inputs)) is not None}
+    asked = [name for name in known if name != "max-autotune"] if peers is None else [OURS, EAGER, *peers]
+    made = {name: make(op, inputs) for name, make in known.items() if name in asked}
+    return {name: runner for name, runner in made.items() if runner is not None}

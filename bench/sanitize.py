@@ -20,7 +20,7 @@ from torch import Tensor
 from hypersd.kernels import use
 from hypersd.kernels._op import OPS, Case, Op
 
-from .harness import with_leaves
+from .harness import with_leaves, written
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = 60_000  # numbers in all inputs together
@@ -40,9 +40,12 @@ def run(op: Op, case: Case, dtype: torch.dtype, device: str, tables: str) -> Non
         for name, value in case.inputs(dtype).items()
     }
     inputs, leaves = with_leaves(op, inputs)
-    out = op.function(**inputs)
-    gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-    assert not out.numel() or all(bool(t.isfinite().all()) for t in (out.cpu(), *(g.cpu() for g in gradients)))
+    value = written(op, inputs, op.function(**inputs))
+    outs = (value,) if isinstance(value, Tensor) else value
+    found = list(outs)
+    if leaves:
+        found += torch.autograd.grad(outs, list(leaves.values()), [torch.ones_like(out) for out in outs])
+    assert all(bool(t.cpu().isfinite().all()) for t in found)
 
 
 def main(names: list[str], device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:

@@ -59,12 +59,18 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
 
 // A differentiable op is registered twice: with and (leading underscore) without autograd, see hypersd/kernels/_op.py.
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
+  // adamw_ema_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ema, float step, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor(e!)? shadow, Tensor? clip, Tensor? step_tensor, Tensor? lr_tensor) -> ()
+  m.impl("adamw_ema_", TORCH_BOX(&hypersd::adamw_ema_));
+
   // affine_step(Tensor x, Tensor eps_cond, Tensor coef, Tensor? eps_uncond, Tensor? history, Tensor? noise) -> Tensor
   m.impl("affine_step", TORCH_BOX(&hypersd::affine_step));
   m.impl("_affine_step", TORCH_BOX(&hypersd::affine_step));
 
   // affine_step_backward(Tensor grad, Tensor coef, int needed) -> Tensor[]
   m.impl("affine_step_backward", TORCH_BOX(&hypersd::affine_step_backward));
+
+  // clip_coefficient(Tensor grad, float max_norm) -> (Tensor, Tensor)
+  m.impl("clip_coefficient", TORCH_BOX(&hypersd::clip_coefficient));
 
   // consistency_loss(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef, Tensor? weight, int kind, float c, bool mean, bool with_slope) -> (Tensor, Tensor)
   m.impl("consistency_loss", TORCH_BOX(&hypersd::consistency_loss));

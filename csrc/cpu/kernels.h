@@ -17,4 +17,10 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
                                             bool with_slope);
 Tensor consistency_loss_backward(Tensor slope, Tensor upstream, std::optional<Tensor> weight);
 
+void adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor ema, double step, double lr,
+                double beta1, double beta2, double eps, double weight_decay, double ema_decay,
+                std::optional<Tensor> shadow, std::optional<Tensor> clip, std::optional<Tensor> step_tensor,
+                std::optional<Tensor> lr_tensor);
+std::tuple<Tensor, Tensor> clip_coefficient(Tensor grad, double max_norm);
+
 }  // namespace hypersd

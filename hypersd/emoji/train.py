@@ -176,8 +176,9 @@ class Horizon:
             self.measured = time.time()
             return
         now = time.time()
-        self.steps = step + int(100 / (now - self.measured) * (60 * self.minutes - (now - self.began)))
-        print(f"{self.steps} steps fit into {self.minutes} minutes", flush=True)
+        rate = 100 / (now - self.measured)
+        self.steps = step + int(rate * (60 * self.minutes - (now - self.began)))
+        print(f"{self.steps} steps fit into {self.minutes} minutes at {rate:.2f} a second", flush=True)
 
 
 def half(module: nn.Module) -> nn.Module:
@@ -303,6 +304,7 @@ def teacher(
     warm: Warm = False,
     workers: Workers = 1,
     minutes: Minutes = 0.0,
+    compile: Annotated[bool, typer.Option(help="run the UNet through torch.compile")] = False,
 ) -> None:
     """Train text encoder and UNet on latents: v-prediction, min-SNR-5 weights (Hang et al. 2023), EMA."""
     torch.manual_seed(seed)
@@ -315,6 +317,7 @@ def teacher(
         model["unet"].load_state_dict(UNet2DConditionModel.from_pretrained(FOLDER / "unet").state_dict())
         model["text"].load_state_dict(CLIPTextModel.from_pretrained(FOLDER / "text_encoder").float().state_dict())
     average.load_state_dict(model.state_dict())
+    unet = torch.compile(model["unet"]) if compile else model["unet"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = State(work / "teacher.safetensors", {"model": model, "average": average}, optimizer)
     data = Pool(work / "latents.safetensors", pool, seed, device, workers)
@@ -344,7 +347,7 @@ def teacher(
             x_t, target = alpha * latents + sigma * noise, alpha * noise - sigma * latents
             with torch.autocast(device, torch.bfloat16):
                 hidden = model["text"](ids).last_hidden_state
-                output = model["unet"](x_t, timestep, hidden, return_dict=False)[0]
+                output = unet(x_t, timestep, hidden, return_dict=False)[0]
             snr = (alpha / sigma).square()
             weight = snr.clamp(max=5) / (snr + 1) + 0.2  # the floor keeps the noisiest steps, which decide the layout
             loss = (weight * (output.float() - target).square()).mean()

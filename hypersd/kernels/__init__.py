@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from hypersd.kernels._op import explain, use
+from hypersd.kernels.adamw_ema import adamw_ema_
 from hypersd.kernels.affine_step import affine_step
+from hypersd.kernels.attention import attention
+from hypersd.kernels.clip_coefficient import clip_coefficient
 from hypersd.kernels.consistency_loss import consistency_loss
 from hypersd.kernels.lora_conv2d import lora_conv2d
 from hypersd.kernels.lora_linear import lora_linear
 
-__all__ = ["affine_step", "consistency_loss", "explain", "lora_conv2d", "lora_linear", "use"]
+__all__ = [
+    "adamw_ema_",
+    "affine_step",
+    "attention",
+    "clip_coefficient",
+    "consistency_loss",
+    "explain",
+    "lora_conv2d",
+    "lora_linear",
+    "use",
+]

@@ -50,7 +50,9 @@ class Op:
     `reference` is the definition: plain torch, differentiable, exact in float64. `fallback` is what the dispatcher
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
     `backward(ctx, *grads)` returns a gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
-    `plan` says which ATen products the fallback composes for the public function's keywords.
+    `plan` says which ATen products the fallback composes for the public function's keywords; `elsewhere` why the public
+    function calls torch's own operator for them instead of this one (empty: it does not).
+    An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
 
@@ -70,8 +72,10 @@ class Op:
     cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
     plan: Callable[..., object] | None = None
+    elsewhere: Callable[..., str] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
+    mutated: tuple[str, ...] = field(init=False)  # arguments that the op writes to
 
     def __post_init__(self) -> None:
         self.fallback = self.fallback or self.reference
@@ -95,6 +99,10 @@ class Op:
         LIBRARY.impl(names[-1], torch.library.fallthrough_kernel, "Autograd")
         self.compiled = getattr(torch.ops.hypersd, self.name).default
         arguments = [argument.name for argument in self.compiled._schema.arguments]
+        written = [i for i, a in enumerate(self.compiled._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.mutated = tuple(arguments[i] for i in written)
+        if written:
+            LIBRARY.impl(names[-1], _counting(self.compiled, written), "ADInplaceOrView", with_keyset=True)
         self._leaves = [arguments.index(name) for name in self.differentiable if self.backward]
         self.raw = getattr(torch.ops.hypersd, names[-1]).default._op  # the C++ callable inside: 0.3 us less a call
 
@@ -168,6 +176,10 @@ class Op:
             return "" if runs else "Triton needs a GPU (or TRITON_INTERPRET=1 at start, for tests)"
         return f"it has no {implementation} kernel"
 
+    def is_elsewhere(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the public function is to call torch's own operator: `elsewhere` says so, `use` does not object."""
+        return _forced == "auto" and self.elsewhere is not None and bool(self.elsewhere(*args, **kwargs))
+
     def choose(self, device: torch.device) -> tuple[str, str]:
         """(implementation, why) that a call on `device` takes now."""
         if _forced != "auto":
@@ -185,6 +197,18 @@ class Op:
         self.function = function
         OPS[self.name] = self
         return function
+
+
+def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
+    """Raises the version counters of the arguments written to, as torch's own in-place operators do, then goes on."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        for index in written:
+            if args[index] is not None:
+                torch.autograd.graph.increment_version(args[index])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return run
 
 
 def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:
@@ -255,6 +279,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     inputs: Mapping[str, Any] = bound.arguments
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device)
+    if op.is_elsewhere(**inputs):
+        implementation, why = "torch", op.elsewhere(**inputs)  # type: ignore[misc]
     cost = op.cost(**inputs) if op.cost else None
     choice = {"triton": op.config, "aten": op.plan}.get(implementation)
     config = choice(**inputs) if choice else None

@@ -65,7 +65,7 @@ class Program:
 
     `signature` gives the Triton type of each argument ("*fp32", "i64", "fp32", "constexpr"); `constexprs` the values.
     `divisible` names arguments known to be multiples of 16. `dot` kernels must use wgmma on sm_90; `streaming` ones
-    must move 128 bits at a time.
+    must move 128 bits at a time. `configs` names the targets that are launched otherwise than by `config`.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Program:
     streaming: bool = False
     max_registers: int = 128
     options: Mapping[str, Any] = field(default_factory=dict)
+    configs: Mapping[str, Config] = field(default_factory=dict)
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd.kernels import use
@@ -17,20 +19,35 @@ CUDA = pytest.param(
     "cuda", id="cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 )
 DEVICES = (pytest.param("cpu", id="cpu"), CUDA)
-SMALL_FLOPS = 1.5e8  # larger cases belong to the benchmark, which checks them before it times them
+SMALL_FLOPS, SMALL_ELEMENTS = 1.5e8, 2e6  # larger cases are the benchmark's, which checks them before it times them
 
 
-def small(op: Op, dtype: torch.dtype = torch.float32) -> list[Case]:
-    return [case for case in op.cases if op.cost is None or op.cost(**case.inputs(dtype)).flops <= SMALL_FLOPS]
+@cache
+def shapes(op: Op, case: Case) -> dict[str, Any]:
+    """The inputs of a case without their numbers."""
+    with FakeTensorMode():
+        return case.inputs()
+
+
+def elements(op: Op, case: Case) -> int:
+    return sum(v.numel() for v in shapes(op, case).values() if isinstance(v, Tensor))
+
+
+def small(op: Op) -> list[Case]:
+    return [
+        case
+        for case in op.cases
+        if elements(op, case) <= SMALL_ELEMENTS and (not op.cost or op.cost(**shapes(op, case)).flops <= SMALL_FLOPS)
+    ]
 
 
 def smallest(op: Op, **wanted: Any) -> Case:
     """The smallest case with elements (whose inputs hold `wanted`)."""
     sizes = {
-        case: sum(v.numel() for v in case.inputs().values() if isinstance(v, Tensor))
+        case: elements(op, case)
         for case in op.cases
-        if all(v.numel() for v in case.inputs().values() if isinstance(v, Tensor))
-        and all(case.inputs().get(key) == value for key, value in wanted.items())
+        if all(v.numel() for v in shapes(op, case).values() if isinstance(v, Tensor))
+        and all(shapes(op, case).get(key) == value for key, value in wanted.items())
     }
     return min(sizes, key=lambda case: sizes[case])
 
@@ -44,22 +61,55 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def evaluate(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The value and every gradient under a fixed upstream gradient."""
-    inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    leaves = {k: inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)}
-    out = op.function(**inputs)
+def results(op: Op, inputs: dict[str, Any], function: Any = None) -> dict[str, Tensor]:
+    """What one call returns, by name; for an operator that works in place, what it left in copies of its arguments."""
+    copies = {k: torch.empty_like(inputs[k]).copy_(inputs[k]) for k in op.mutated if inputs.get(k) is not None}
+    value = (function or op.function)(**(inputs | copies))
+    if copies:
+        assert value is None
+        return copies
+    values = (value,) if isinstance(value, Tensor) else value
+    return {"out" if i == 0 else f"out {i}": one for i, one in enumerate(values)}
+
+
+def leaves_of(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The differentiable inputs, which now ask for gradients."""
+    return {k: inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)}
+
+
+def upstreams(found: dict[str, Tensor]) -> list[Tensor]:
+    """A fixed upstream gradient for each result."""
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-    found = {"out": out.detach()}
+    return [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in found.values()]
+
+
+def evaluate(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every result, and every gradient under fixed upstream gradients."""
+    inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    leaves = leaves_of(op, inputs)
+    outs = results(op, inputs)
+    found = {name: out.detach() for name, out in outs.items()}
     if leaves:
-        grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+        grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), upstreams(outs))
         found |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return found
 
 
+def tampered(op: Op, run: Any, change: Any) -> Any:
+    """`run`, an implementation of `op`, with its first result (or the first argument it writes to) changed."""
+
+    def wrong(*args: Any) -> Any:
+        value = run(*args)
+        if value is None:
+            args[0].copy_(change(args[0]))
+            return None
+        return change(value) if isinstance(value, Tensor) else (change(value[0]), *value[1:])
+
+    return wrong
+
+
 def check(op: Op, inputs: dict[str, Any]) -> list[str]:
-    """What is wrong with the value and gradients that `op` computes now; empty when all is well.
+    """What is wrong with the results and gradients that `op` computes now; empty when all is well.
 
     Truth is the reference in float64 on the same inputs. Per tensor, the largest error, the RMS error and the bias may
     be at most twice those of the reference in the inputs' dtype, plus one rounding.

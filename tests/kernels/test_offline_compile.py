@@ -43,11 +43,13 @@ def build(program: Program, target: str) -> Any:
     signature = {name: program.signature.get(name, "constexpr") for name in names}
     assert {name for name in names if signature[name] == "constexpr"} == program.constexprs.keys()
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in program.divisible}
-    source = ASTSource(fn=program.kernel, signature=signature, constexprs=dict(program.constexprs), attrs=attributes)
-    warps = program.config.num_warps
+    config = program.configs.get(target, program.config)
+    constants = {**program.constexprs, **(config.blocks if target in program.configs else {})}
+    source = ASTSource(fn=program.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    warps = config.num_warps
     if program.streaming:  # as the launcher does: as many threads, whatever a warp holds
         warps = max(1, warps * 32 // TARGETS[target].warp_size)
-    options = {"num_warps": warps, "num_stages": program.config.num_stages, **program.options}
+    options = {"num_warps": warps, "num_stages": config.num_stages, **program.options}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

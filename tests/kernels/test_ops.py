@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypersd.kernels import _native, explain, use
-from hypersd.kernels._op import OPS, Op
+from hypersd.kernels._op import OPS, Case, Op
 from tests.kernels import checks
 
 HALF = (torch.bfloat16, torch.float16)
@@ -32,6 +33,7 @@ RUNS = [
     for name in implementations(op, *device.values)
 ]
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
+DIFFERENTIABLE = [pytest.param(op, id=op.name) for op in OPS.values() if op.differentiable]
 on_devices = pytest.mark.parametrize("device", checks.DEVICES)
 
 
@@ -52,27 +54,28 @@ def test_any_memory_order(op, dtype, device, poisoned):
 
 
 @on_devices
-@pytest.mark.parametrize("op", EVERY)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_strided_and_expanded_upstream_gradients(op, device):
     dtype, tolerance = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)  # kernels' own on a GPU
     inputs = checks.smallest(op).inputs(dtype, device)
-    leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
-    out = op.function(**inputs)
-    if out.dim() == 0:
-        upstreams = [out.new_tensor(2.5)]
-    else:
-        base = torch.randn(*out.shape, 2, dtype=out.dtype, device=device)
-        upstreams = [base[..., 0], out.new_ones(()).expand_as(out)]
-    for upstream in upstreams:
-        found = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-        plain = upstream.clone(memory_format=torch.contiguous_format)
-        expected = torch.autograd.grad(out, leaves, plain, retain_graph=True)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    leaves = list(checks.leaves_of(op, inputs).values())
+    for out in checks.results(op, inputs).values():
+        if out.dim() == 0:
+            upstreams = [out.new_tensor(2.5)]
+        else:
+            base = torch.randn(*out.shape, 2, dtype=out.dtype, device=device)
+            upstreams = [base[..., 0], out.new_ones(()).expand_as(out)]
+        for upstream in upstreams:
+            plain = upstream.clone(memory_format=torch.contiguous_format)
+            found, expected = (
+                torch.autograd.grad(out, leaves, u, retain_graph=True, allow_unused=True) for u in (upstream, plain)
+            )
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @on_devices
-@pytest.mark.parametrize("op", EVERY)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradcheck(op, device):
     inputs = checks.widened(checks.smallest(op).inputs(device=device))
     names = [k for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
@@ -87,11 +90,11 @@ def test_gradcheck(op, device):
 
 
 @on_devices
-@pytest.mark.parametrize("op", EVERY)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_raise(op, device):
     inputs = checks.smallest(op).inputs(device=device)
     leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
-    out = op.function(**inputs).square().sum()
+    out = sum(value.square().sum() for value in checks.results(op, inputs).values())
     grads = torch.autograd.grad(out, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         sum(g.sum() for g in grads).backward()
@@ -100,7 +103,7 @@ def test_second_derivatives_raise(op, device):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("op", EVERY)
 def test_same_bits_on_any_number_of_threads(op, dtype):
-    case = max(checks.small(op), key=lambda c: op.cost(**c.inputs()).bytes if op.cost else 0)
+    case = max(checks.small(op), key=lambda c: checks.elements(op, c))
     inputs, before = case.inputs(dtype), torch.get_num_threads()
     first = checks.evaluate(op, inputs)
     try:
@@ -120,26 +123,27 @@ def test_same_bits_on_any_number_of_threads(op, dtype):
 def test_same_bits_in_twenty_runs(op, dtype, device, monkeypatch):
     if not op.triton:  # then the products are ATen's, whose fastest routines on a GPU promise no order of their sums
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    small = checks.small(op)
-    largest = max(small, key=lambda c: op.cost(**c.inputs(dtype)).bytes if op.cost else 0)
+    largest = max(checks.small(op), key=lambda case: checks.elements(op, case))
     for case in (checks.smallest(op), largest)[: 1 if device == "cpu" else 2]:
         inputs = case.inputs(dtype, device)
         first = checks.evaluate(op, inputs)
         for _ in range(19):
-            assert all(torch.equal(value, first[name]) for name, value in checks.evaluate(op, inputs).items())
+            assert_equal(checks.evaluate(op, inputs), first)
 
 
-def gpu_step(op: Op, inputs: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
-    """The value and the gradients of these inputs, warm: compiled, with every library's scratch memory at hand."""
-    leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
+def gpu_step(op: Op, inputs: dict[str, Any]) -> Callable[[], dict[str, Tensor]]:
+    """Results and gradients of these inputs, warm: compiled, with every library's scratch memory at hand."""
+    leaves = checks.leaves_of(op, inputs)
 
-    def step() -> tuple[Tensor, ...]:
-        out = op.function(**inputs)
-        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+    def step() -> dict[str, Tensor]:
+        outs = checks.results(op, inputs)
+        ones = [torch.ones_like(out) for out in outs.values()]
+        grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), ones) if leaves else ()
+        return {k: v.detach() for k, v in outs.items()} | {f"grad {k}": g for k, g in zip(leaves, grads, strict=True)}
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # never on the default stream: torch.cuda.graph wants it so
+    with torch.cuda.stream(stream):  # as torch.cuda.graph wants it
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -151,8 +155,9 @@ def gpu_step(op: Op, inputs: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]
 @pytest.mark.parametrize("op", EVERY)
 def test_graph_replay_has_the_bits_of_the_call(op, dtype, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    names = [k for k, v in checks.smallest(op).inputs().items() if isinstance(v, Tensor)]
-    inputs = checks.smallest(op).inputs(dtype, device)
+    case = checks.smallest(op)
+    names = [k for k, v in checks.shapes(op, case).items() if isinstance(v, Tensor)]
+    inputs = case.inputs(dtype, device)
     inputs |= {k: inputs[k].to(device) for k in names}  # a host table is a copy at every call, which no graph holds
     step = gpu_step(op, inputs)
     graph = torch.cuda.CUDAGraph()
@@ -160,15 +165,13 @@ def test_graph_replay_has_the_bits_of_the_call(op, dtype, device, monkeypatch):
         captured = step()
     for seed in (1, 2):  # other numbers in the same memory
         with torch.no_grad():
-            for name, value in checks.smallest(op).inputs(dtype, device, seed).items():
+            for name, value in case.inputs(dtype, device, seed).items():
                 if name in names:
                     inputs[name].copy_(value)
-        for value in captured:
+        for value in captured.values():
             value.fill_(float("nan"))
         graph.replay()
-        torch.cuda.synchronize()
-        found = [value.clone() for value in captured]
-        assert all(torch.equal(one, other) for one, other in zip(found, step(), strict=True))
+        assert_equal({name: value.clone() for name, value in captured.items()}, step())
 
 
 @pytest.mark.parametrize("device", [checks.CUDA])
@@ -193,26 +196,25 @@ def test_runs_on_the_stream_it_is_called_on(op, device):
     """Inputs that arrive late on a stream of their own: a kernel launched elsewhere would read them too early."""
     case = checks.smallest(op)
     inputs, late = case.inputs(device=device), case.inputs(device=device, seed=1)
-    expected = op.function(**late)
+    expected = checks.results(op, late)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
-        for name, value in inputs.items():
-            if checks.numbers(name, value):
-                value.copy_(late[name])
-        tables = {k: v for k, v in late.items() if not checks.numbers(k, v)}
-        found = op.function(**(inputs | tables))
+        arriving = {k: v.copy_(late[k]) for k, v in inputs.items() if isinstance(v, Tensor) and v.is_cuda}
+        found = checks.results(op, late | arriving)
     stream.synchronize()
-    assert torch.equal(found, expected)
+    assert_equal(found, expected)
 
 
 def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]]:
     """Every operator that one forward and backward calls, with its arguments."""
     inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
+    leaves = list(checks.leaves_of(op, inputs).values())
     with checks.Recorder() as record:
-        torch.autograd.grad(op.function(**inputs).sum(), leaves)
+        outs = checks.results(op, inputs)
+        if leaves:
+            torch.autograd.grad(sum(out.sum() for out in outs.values()), leaves)
     return record.calls
 
 
@@ -220,7 +222,7 @@ def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]
 @pytest.mark.parametrize("op", EVERY)
 def test_opcheck(op, device):
     calls = recorded(op, checks.smallest(op).inputs(device=device))
-    assert calls and calls[0][0].__name__.startswith(f"_{op.name}")
+    assert calls and calls[0][0].__name__.startswith(f"_{op.name}" if op.differentiable else op.name)
     for func, args in calls:
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         torch.library.opcheck(func, detached)
@@ -228,17 +230,21 @@ def test_opcheck(op, device):
     torch.library.opcheck(op.compiled, leaves)
 
 
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def dynamic_group(op: Op, device: str) -> list[dict[str, Any]]:
     """The inputs of those cases that differ in sizes alone; torch specialises on 0 and 1, so these must agree."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    groups: dict[Any, list[Case]] = {}
     for case in op.cases:
-        inputs = case.inputs(device=device)
+        inputs = checks.shapes(op, case)
         tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
         if all(t.numel() for t in tensors.values()):
             key = tuple((k, tuple(n == 1 for n in v.shape) if k in tensors else v) for k, v in inputs.items())
-            groups.setdefault(key, []).append(inputs)
-    group = max(groups.values(), key=len)
-    return sorted(group, key=lambda inputs: op.cost(**inputs).flops)[:4] if op.cost else group[:4]
+            groups.setdefault(key, []).append(case)
+    group = sorted(max(groups.values(), key=len), key=lambda case: checks.elements(op, case))
+    return [case.inputs(device=device) for case in group[:4]]
 
 
 @on_devices
@@ -247,14 +253,17 @@ def test_compiles_whole_with_dynamic_shapes(op, device):
     group = dynamic_group(op, device)
     assert len(group) >= 3, "give the operator three cases that differ in sizes alone"
     torch._dynamo.reset()
-    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(partial(checks.results, op), fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=2):  # one recompilation; a second raises
         for inputs in group:
-            leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
-            out, plain = compiled(**inputs), op.function(**inputs)
+            leaves = list(checks.leaves_of(op, inputs).values())
+            out, plain = compiled(inputs), checks.results(op, inputs)
             torch.testing.assert_close(out, plain)
-            found, expected = (torch.autograd.grad(y.sum(), leaves) for y in (out, plain))
-            torch.testing.assert_close(found, expected)
+            if leaves:
+                found, expected = (
+                    torch.autograd.grad(list(y.values()), leaves, checks.upstreams(y)) for y in (out, plain)
+                )
+                torch.testing.assert_close(found, expected)
 
 
 @on_devices
@@ -263,14 +272,14 @@ def test_exports_as_one_operator(op, device):
     inputs = checks.smallest(op).inputs(device=device)
 
     class Module(torch.nn.Module):
-        def forward(self, tensors: dict[str, Tensor]) -> Tensor:
-            return op.function(**(inputs | tensors))
+        def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return checks.results(op, inputs | tensors)
 
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     program = torch.export.export(Module(), (tensors,))
     called = [str(node.target) for node in program.graph.nodes if "hypersd" in str(node.target)]
     assert called == [f"hypersd.{op.name}.default"]
-    assert torch.equal(program.module()(tensors), op.function(**inputs))
+    assert_equal(program.module()(tensors), checks.results(op, inputs))
 
 
 @on_devices
@@ -278,7 +287,11 @@ def test_exports_as_one_operator(op, device):
 def test_inductor_compiles_it(op, device):
     inputs = checks.smallest(op).inputs(device=device)
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(lambda: op.function(**inputs) * 2, fullgraph=True)(), op.function(**inputs) * 2)
+
+    def twice() -> dict[str, Tensor]:
+        return {name: value * 2 for name, value in checks.results(op, inputs).items()}
+
+    assert_equal(torch.compile(twice, fullgraph=True)(), twice())
 
 
 @on_devices
@@ -287,7 +300,16 @@ def test_inputs_stay_untouched(op, device):
     inputs = checks.smallest(op).inputs(device=device)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     op.function(**inputs)
-    assert all(torch.equal(inputs[k], v) for k, v in before.items())
+    assert all(torch.equal(inputs[k], v) for k, v in before.items() if k not in op.mutated)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.mutated], ids=lambda op: op.name)
+def test_what_is_written_counts_as_changed(op):
+    """Autograd and every cache that asks for the version of a tensor see the write."""
+    inputs = checks.smallest(op).inputs()
+    before = {k: inputs[k]._version for k in op.mutated if inputs.get(k) is not None}
+    op.function(**inputs)
+    assert before and all(inputs[k]._version > version for k, version in before.items())
 
 
 @on_devices
@@ -313,9 +335,10 @@ def test_declared_bytes_are_those_of_the_arguments(op):
     with checks.Recorder() as record, torch.no_grad():
         op.function(**inputs)
     ((_, args),) = record.calls
-    tensors = [a for a in args if isinstance(a, Tensor) and a.dtype != torch.float64]
+    tensors = [a for a in args if isinstance(a, Tensor) and a.dtype != torch.float64 and a.dim()]
     written = op.raw(*args)
-    written = [written] if isinstance(written, Tensor) else list(written)
+    written = [written] if isinstance(written, Tensor) else list(written or ())
+    written += [inputs[k] for k in op.mutated if inputs.get(k) is not None]
     moved = sum(t.numel() * t.element_size() for t in tensors + [w for w in written if w.dim()])
     assert op.cost(**inputs).bytes == moved
 
@@ -342,10 +365,6 @@ def last_element_missing(value: Tensor) -> Tensor:
     return broken
 
 
-def first(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else value[0]
-
-
 MUTATIONS = {
     "a factor 1.00001": lambda out: (out.double() * 1.00001).to(out.dtype),
     "an offset": lambda out: out + 3e-6 * out.abs().max(),
@@ -360,24 +379,19 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("op", EVERY)
 def test_a_wrong_kernel_turns_the_suite_red(op, mutation, poisoned, monkeypatch):
+    if op.mutated and mutation == "another dtype":
+        return  # what is written in place keeps its own
     inputs = next(c for c in checks.small(op) if c.name.startswith(("emoji_b32", "odd"))).inputs()
     assert checks.check(op, inputs) == []
-    right = op.raw
-
-    def wrong(*args: Any) -> Any:
-        value = right(*args)
-        changed = MUTATIONS[mutation](first(value))
-        return changed if isinstance(value, Tensor) else (changed, *value[1:])
-
-    monkeypatch.setattr(op, "raw", wrong)
+    monkeypatch.setattr(op, "raw", checks.tampered(op, op.raw, MUTATIONS[mutation]))
     try:
         findings = checks.check(op, inputs)
     except RuntimeError:  # a backward that refuses the wrong dtype is red too
         return
-    assert any(finding.startswith("out:") for finding in findings)
+    assert any(not finding.startswith("grad ") for finding in findings)
 
 
-@pytest.mark.parametrize("op", EVERY)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_a_wrong_gradient_turns_the_suite_red(op, monkeypatch):
     inputs = checks.smallest(op).inputs()
     right = op._node.backward

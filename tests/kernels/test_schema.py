@@ -24,7 +24,7 @@ def test_schemas_are_those_of_the_snapshot():
 
 
 def test_the_name_without_autograd_has_the_same_schema():
-    for op in OPS.values():
+    for op in (op for op in OPS.values() if op.differentiable):
         public, private = (str(getattr(torch.ops.hypersd, n).default._schema) for n in (op.name, f"_{op.name}"))
         assert public.split("(", 1)[1] == private.split("(", 1)[1]
 

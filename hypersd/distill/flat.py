@@ -1,0 +1,118 @@
+"""A role's adapter in one flat buffer, its tensors views of it; and the optimizer that steps such buffers.
+
+What torch does tensor by tensor (clip, AdamW, EMA: hundreds of small passes) becomes two passes over a few arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hypersd.errors import HypersdError
+from hypersd.kernels import adamw_ema_, clip_coefficient
+
+ALIGN = 16  # elements: every tensor starts at a multiple of 64 bytes, as products of matrices like it
+
+
+class Flat:
+    """Moves parameters into one buffer, `data`; each keeps its identity and becomes a view of its part.
+
+    All must have one dtype and device, else HypersdError. The parts follow each other in the mapping's order; the gaps
+    between them are zeros.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        kinds = {(p.dtype, p.device) for p in parameters.values()}
+        if len(kinds) != 1:
+            raise HypersdError(f"a flat buffer needs parameters of one dtype and device, got {sorted(map(str, kinds))}")
+        self.parameters = dict(parameters)
+        self.spans: dict[str, tuple[int, torch.Size]] = {}
+        size = 0
+        for name, parameter in self.parameters.items():
+            self.spans[name] = size, parameter.shape
+            size += -(-parameter.numel() // ALIGN) * ALIGN
+        ((dtype, device),) = kinds
+        self.data = torch.zeros(size, dtype=dtype, device=device)
+        for name, view in self.views(self.data).items():
+            view.copy_(self.parameters[name].detach())
+            self.parameters[name].data = view
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The part of each parameter in a buffer of the size of `data`, in the parameter's shape."""
+        return {n: buffer[first : first + shape.numel()].view(shape) for n, (first, shape) in self.spans.items()}
+
+    def touch(self) -> None:
+        """Tell autograd and caches that `data` was written: a parameter counts versions apart from its buffer."""
+        torch.autograd.graph.increment_version(self.parameters.values())
+
+
+class FlatAdamW:
+    """clip_grad_norm_, torch.optim.AdamW and an EMA of the weights, in two passes over flat buffers.
+
+    parameters are trained; ema holds their moving average, under the same names and shapes. Both are moved into flat
+    buffers, and the gradients are views of a third. `clip` None only measures the gradient's norm.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        ema: Mapping[str, nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        ema_decay: float,
+        clip: float | None = None,
+    ) -> None:
+        if [(k, p.shape) for k, p in parameters.items()] != [(k, p.shape) for k, p in ema.items()]:
+            raise HypersdError("the parameters and their moving average have different names or shapes")
+        self.weights, self.ema = Flat(parameters), Flat(ema)
+        self.betas, self.eps, self.weight_decay, self.ema_decay = betas, eps, weight_decay, ema_decay
+        self.clip = clip or math.inf
+        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.weights.data) for _ in range(3))
+        self.steps = 0
+        self._grads = list(self.weights.views(self.grad).values())
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self.grad.zero_()
+        for parameter, view in zip(self.weights.parameters.values(), self._grads, strict=True):
+            parameter.grad = view
+
+    @torch.no_grad()
+    def step(self, lr: float | Tensor) -> Tensor:
+        """One step; returns the norm of the gradient before clipping, a 0-d tensor on the device.
+
+        A step whose norm is not finite changes nothing.
+        """
+        for parameter, view in zip(self.weights.parameters.values(), self._grads, strict=True):
+            if parameter.grad is not view:  # somebody set it to None, or to a tensor of theirs
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+        self.steps += 1
+        norm, factor = clip_coefficient(self.grad, self.clip)
+        adamw_ema_(
+            self.weights.data, self.grad, self.exp_avg, self.exp_avg_sq, self.ema.data, self.steps, lr, self.betas,
+            self.eps, self.weight_decay, self.ema_decay, clip=factor,
+        )  # fmt: skip
+        self.weights.touch()
+        self.ema.touch()
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`exp_avg/<name>` and `exp_avg_sq/<name>`, views of the state; `steps` is the caller's to keep."""
+        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {f"{key}/{n}": v for key, buffer in buffers.items() for n, v in self.weights.views(buffer).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Go on after step `steps` from the tensors of state_dict(); HypersdError where one lacks or does not fit."""
+        own = self.state_dict()
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise HypersdError(f"the optimizer state does not fit: {name} is missing or has another shape")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.steps = steps
