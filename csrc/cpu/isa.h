@@ -6,9 +6,11 @@
 
 #if defined(_MSC_VER)
 #define HYPERSD_INLINE __forceinline
+#define HYPERSD_LAMBDA_INLINE
 #define HYPERSD_RESTRICT __restrict
 #else
 #define HYPERSD_INLINE inline __attribute__((always_inline))
+#define HYPERSD_LAMBDA_INLINE __attribute__((always_inline))  // after the parameters: a kernel's lambdas are its body too
 #define HYPERSD_RESTRICT __restrict__
 #endif
 

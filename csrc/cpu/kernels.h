@@ -23,4 +23,14 @@ void adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Te
                 std::optional<Tensor> lr_tensor);
 std::tuple<Tensor, Tensor> clip_coefficient(Tensor grad, double max_norm);
 
+Tensor geglu(Tensor x);
+Tensor geglu_backward(Tensor dy, Tensor x);
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
+                                                   std::optional<Tensor> bias, double eps, bool silu);
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
+                                                            std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                            int64_t num_groups, bool silu, bool need_x,
+                                                            bool need_affine);
+
 }  // namespace hypersd

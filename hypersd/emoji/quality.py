@@ -24,6 +24,7 @@ from torch import Tensor
 from hypersd.emoji import evaluators, model_folder
 from hypersd.emoji.scenes import render, render_caption
 from hypersd.evaluate.generate import generate, to_float, to_uint8
+from hypersd.evaluate.plots import grid
 from hypersd.evaluate.run import Judge, Reference, batches
 from hypersd.files import atomic_write
 from hypersd.models.backbone import Backbone
@@ -138,6 +139,23 @@ def measure(
     return document
 
 
+@torch.no_grad()
+def draw(path: Path, guidance_scale: float, seed: int, count: int = 6) -> None:
+    """A picture of held-out captions: two real scenes and four samples of the teacher for each."""
+    components = load_components(model_folder())
+    process, backbone = NoiseProcess.from_config(components.scheduler_config), Backbone(components.unet, roles=())
+    table = ddim(process, trailing(TEACHER_STEPS, process.num_train_timesteps)).guided(guidance_scale)
+    scenes = render(seed + 3_000_000, count, "heldout")
+    things = zip(scenes.objects, scenes.background, strict=True)
+    real = np.stack([render_caption(objects, int(ground), seed, 2) for objects, ground in things], 1)
+    columns = {f"real scenes/{index}": column for index, column in enumerate(real)}
+    for index in range(4):
+        samples = generate(components, backbone, table, scenes.captions, seed=seed + index)
+        columns[f"the teacher/{index}"] = np.concatenate(list(samples))
+    image = grid(columns, scenes.captions, {}, labels=dict.fromkeys(columns, ""))
+    atomic_write(path, lambda file: image.save(file, "PNG", optimize=True))
+
+
 def _reconstruct(components: Any, images: np.ndarray) -> np.ndarray:
     return to_uint8(decode_latents(components, encode_images(components, to_float(images).to(components.device))))
 
@@ -149,9 +167,12 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="sample in bfloat16, twice as fast on some CPUs")] = False,
     out: Annotated[Path | None, typer.Option(help="[default: quality.json beside the weights]")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="only draw samples of held-out captions to this PNG")] = None,
 ) -> None:
     """Measure the table and say which conditions hold."""
     dtype = torch.bfloat16 if bf16 else torch.float32
+    if pictures is not None:
+        return draw(pictures, guidance_scale, seed)
     document = measure(samples, guidance_scale, seed, dtype, out or model_folder() / "quality.json", device)
     for name, found in document["conditions"].items():
         print(f"{'holds' if found['holds'] else 'FAILS'}  {found['figure']:8.3f}  {found['bound']:8}  {name}")

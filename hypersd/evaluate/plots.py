@@ -45,18 +45,23 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def grid(
-    pictures: Mapping[str, np.ndarray], captions: Sequence[str], nfe: Mapping[str, int], theme: Theme = LIGHT
+    pictures: Mapping[str, np.ndarray],
+    captions: Sequence[str],
+    nfe: Mapping[str, int],
+    theme: Theme = LIGHT,
+    labels: Mapping[str, str] | None = None,
 ) -> Image.Image:
     """Captions down, [teacher | undistilled 1 2 4 8 | student 1 2 4 8] across.
 
-    pictures: column key ("teacher", "student/4") -> (len(captions), H, W, 3) uint8; `nfe` network evaluations of each.
+    pictures: column key ("teacher", "student/4") -> (len(captions), H, W, 3) uint8; `nfe` network evaluations of each,
+    unless `labels` says what stands above the columns. Columns of one group share what is before the slash.
     """
     groups: dict[str, list[str]] = {}
     for key in pictures:
         groups.setdefault(key.partition("/")[0], []).append(key)
     groups = {name: groups[name] for name in ("teacher", "undistilled", "student") if name in groups} or groups
     title, label_font, caption_font = font(20, bold=True), font(15), font(17)
-    labels = {key: _label(key, nfe[key]) for keys in groups.values() for key in keys}
+    labels = labels or {key: _label(key, nfe[key]) for keys in groups.values() for key in keys}
     # a lone column may be narrower than what is written above it
     over = {name: max(label_font.getlength(labels[keys[-1]]) - CELL, 0) for name, keys in groups.items()}
     widths = {name: round(len(keys) * (CELL + GAP) - GAP + over[name]) for name, keys in groups.items()}

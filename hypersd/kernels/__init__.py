@@ -8,6 +8,8 @@ from hypersd.kernels.affine_step import affine_step
 from hypersd.kernels.attention import attention
 from hypersd.kernels.clip_coefficient import clip_coefficient
 from hypersd.kernels.consistency_loss import consistency_loss
+from hypersd.kernels.geglu import geglu
+from hypersd.kernels.group_norm_silu import group_norm_silu
 from hypersd.kernels.lora_conv2d import lora_conv2d
 from hypersd.kernels.lora_linear import lora_linear
 
@@ -18,6 +20,8 @@ __all__ = [
     "clip_coefficient",
     "consistency_loss",
     "explain",
+    "geglu",
+    "group_norm_silu",
     "lora_conv2d",
     "lora_linear",
     "use",

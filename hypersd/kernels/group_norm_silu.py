@@ -1,0 +1,275 @@
+"""group_norm_silu: y = silu(z), z = (x - mean) rstd weight + bias, mean and rstd of a sample's group of channels
+
+GroupNorm (Wu and He 2018, arXiv:1803.08494) and the SiLU that follows it in a residual block; y = z with `silu=False`.
+
+    bytes: 2 N itemsize and 8 batch groups for the statistics (a GPU reads x twice)     flops: about 30 N    launches: 2
+    replaces: statistics, normalisation and SiLU, 5 N, with z kept for backward; here x and the statistics are kept
+    backward: dz = dy silu'(z), z computed again; per group, m(v) the mean over its elements and x^ = (x - mean) rstd,
+              dx = rstd (weight dz - m(weight dz) - x^ m(weight dz x^)); dweight = sum dz x^, dbias = sum dz
+    arithmetic: float32 (float64 if x is float64); deviations from a local mean, combined by Chan, Golub and LeVeque
+    memory order: channels outside (contiguous) and channels inside (channels last) are kept; others become contiguous
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypersd.kernels import _rows
+from hypersd.kernels._cost import Cost
+from hypersd.kernels._op import Case, Op
+
+
+def _case(
+    name: str,
+    *shape: int,
+    groups: int,
+    silu: bool = True,
+    affine: bool = True,
+    last: bool = False,
+    mean: float = 0.5,
+    bench: bool = True,
+) -> Case:
+    def make_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+
+        x = (mean + draw(*shape)).to(dtype)
+        inputs = {"x": x.contiguous(memory_format=torch.channels_last) if last else x, "num_groups": groups}
+        inputs["weight"] = (1 + 0.1 * draw(shape[1])).to(dtype) if affine else None
+        inputs["bias"] = (0.1 * draw(shape[1])).to(dtype) if affine else None
+        return inputs | {"eps": 1e-5, "silu": silu}
+
+    return Case(name, make_inputs, bench)
+
+
+CASES = (
+    _case("emoji_b32_64x16", 32, 64, 16, 16, groups=16),
+    _case("emoji_b32_128x8", 32, 128, 8, 8, groups=16),
+    _case("emoji_b32_128x4", 32, 128, 4, 4, groups=16),
+    _case("emoji_b32_256x8", 32, 256, 8, 8, groups=16),
+    _case("emoji_b32_128x8_plain", 32, 128, 8, 8, groups=16, silu=False),
+    _case("emoji_b32_64x16_last", 32, 64, 16, 16, groups=16, last=True),
+    _case("emoji_b32_128x8_last", 32, 128, 8, 8, groups=16, last=True),
+    _case("sd15_320x64", 1, 320, 64, 64, groups=32),
+    _case("sd15_640x32", 1, 640, 32, 32, groups=32),
+    _case("sd15_1280x16", 1, 1280, 16, 16, groups=32),
+    _case("sd15_960x64", 1, 960, 64, 64, groups=32),
+    _case("sd15_b2_320x64_last", 2, 320, 64, 64, groups=32, last=True),
+    _case("sd15_640x32_last", 1, 640, 32, 32, groups=32, last=True),
+    _case("sd15_1280x16_last", 1, 1280, 16, 16, groups=32, last=True),
+    _case("sd15_320x64_plain_last", 1, 320, 64, 64, groups=32, silu=False, last=True),
+    _case("sdxl_b2_320x128_last", 2, 320, 128, 128, groups=32, last=True),
+    _case("sdxl_b2_640x64_last", 2, 640, 64, 64, groups=32, last=True),
+    _case("sdxl_b2_1280x32_last", 2, 1280, 32, 32, groups=32, last=True),
+    _case("odd", 3, 10, 7, 5, groups=5, bench=False),
+    _case("odd_last", 3, 10, 7, 5, groups=5, last=True, bench=False),
+    _case("odd_wide_last", 2, 33, 37, 29, groups=3, mean=0.0, last=True, bench=False),
+    _case("far_mean", 2, 12, 11, 9, groups=3, mean=100.0, affine=False, bench=False),
+    _case("far_mean_last", 2, 12, 11, 9, groups=3, mean=100.0, affine=False, last=True, bench=False),
+    _case("one_group", 2, 6, 5, 5, groups=1, bench=False),
+    _case("no_affine", 2, 8, 3, 5, groups=8, affine=False, silu=False, bench=False),
+    _case("vectors", 4, 24, groups=3, bench=False),
+    _case("tokens", 2, 12, 77, groups=4, bench=False),
+    _case("video", 2, 8, 3, 5, 5, groups=4, bench=False),
+    _case("empty_batch", 0, 8, 4, 4, groups=4, bench=False),
+)
+
+
+def cost(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True) -> Cost:
+    """x read once, y and the statistics written once."""
+    affine = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+    statistics = 2 * x.shape[0] * num_groups * _rows.work_dtype(x).itemsize
+    return Cost(flops=30 * x.numel(), bytes=2 * x.numel() * x.element_size() + affine + statistics, launches=2)
+
+
+def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+    """The definition, as a residual block writes it."""
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    z = torch.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(z) if silu else z
+
+
+def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> None:
+    """Raise TypeError or ValueError for arguments that group_norm_silu does not take."""
+    _rows.check_tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (batch, channels, ...)")
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        _rows.check_tensor(name, t)
+        if t.shape != (channels,):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected ({channels},), one number per channel")
+        if t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, expected {x.device} as x")
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+
+def channels_inside(x: Tensor) -> bool:
+    """Whether channels are the innermost dimension of memory, as in torch.channels_last, and x is not contiguous."""
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """An output for x: its memory order where it is one of the two, else contiguous."""
+    kept = x.is_contiguous() or channels_inside(x)
+    return torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
+
+
+def _by_channel(t: Tensor | None, x: Tensor, work: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(work).reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _over_groups(t: Tensor, like: Tensor) -> Tensor:
+    """(batch, groups) -> (batch, channels, 1, ...), to broadcast over `like`."""
+    per_group = like.shape[1] // t.shape[1]
+    return t.repeat_interleave(per_group, 1).reshape(*like.shape[:2], *[1] * (like.dim() - 2))
+
+
+def _normalized(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x^, z) in the dtype of the statistics."""
+    work = mean.dtype
+    hat = (x.to(work) - _over_groups(mean, x)) * _over_groups(rstd, x)
+    scale, shift = _by_channel(weight, x, work), _by_channel(bias, x, work)
+    z = hat if scale is None else hat * scale
+    return hat, z if shift is None else z + shift
+
+
+def _fallback(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    work = _rows.work_dtype(x)
+    if not x.numel():
+        mean = x.new_zeros((x.shape[0], num_groups), dtype=work)
+        return _empty_like(x), mean, torch.zeros_like(mean)
+    var, mean = torch.var_mean(x.to(work).unflatten(1, (num_groups, -1)).flatten(2), -1, correction=0)
+    rstd = (var + eps).rsqrt()
+    _, z = _normalized(x, mean, rstd, weight, bias)
+    return _empty_like(x).copy_(F.silu(z) if silu else z), mean, rstd
+
+
+def _fake(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = [x.new_empty((x.shape[0], num_groups), dtype=_rows.work_dtype(x)) for _ in range(2)]
+    return _empty_like(x), statistics[0], statistics[1]
+
+
+def _reference_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
+    silu: bool, need_x: bool, need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    work = mean.dtype
+    hat, z = _normalized(x, mean, rstd, weight, bias)
+    dz = dy.to(work)
+    if silu:
+        gate = torch.sigmoid(z)
+        dz = dz * (gate * (1 + z * (1 - gate)))
+    outputs = [x.new_empty(0) for _ in range(3)]
+    if need_x:
+        scale = _by_channel(weight, x, work)
+        grad = dz if scale is None else dz * scale
+
+        def group_mean(t: Tensor) -> Tensor:
+            return _over_groups(t.unflatten(1, (num_groups, -1)).flatten(2).mean(-1), x)
+
+        dx = _over_groups(rstd, x) * (grad - group_mean(grad) - hat * group_mean(grad * hat))
+        outputs[0] = _empty_like(x).copy_(dx)
+    if need_affine:
+        over = [d for d in range(x.dim()) if d != 1]
+        if weight is not None:
+            outputs[1] = (dz * hat).sum(over).to(weight.dtype)
+        if bias is not None:
+            outputs[2] = dz.sum(over).to(bias.dtype)
+    return outputs[0], outputs[1], outputs[2]
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
+    silu: bool, need_x: bool, need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    none = [x.new_empty(0) for _ in range(3)]
+    dweight, dbias = (
+        none[i] if t is None or not need_affine else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for i, t in ((1, weight), (2, bias))
+    )
+    return _empty_like(x) if need_x else none[0], dweight, dbias
+
+
+BACKWARD = Op(
+    "group_norm_silu_backward",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, "
+    "bool need_x, bool need_affine) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    cpp=True,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ctx.num_groups, weight, bias, _, ctx.silu = inputs
+    ctx.save_for_backward(x, output[1], output[2], weight, bias)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    need_affine = need_weight or need_bias
+    dx, dweight, dbias = BACKWARD.run(dy, x, mean, rstd, weight, bias, ctx.num_groups, ctx.silu, need_x, need_affine)
+    return dx if need_x else None, None, dweight if need_weight else None, dbias if need_bias else None, None, None
+
+
+OP = Op(
+    "group_norm_silu",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
+    reference=reference,
+    fallback=_fallback,
+    fake=_fake,
+    check=check,
+    cpp=True,
+    differentiable=("x", "weight", "bias"),
+    backward=_backward,
+    setup_context=_setup_context,
+    result=lambda output: output[0],
+    cases=CASES,
+    cost=cost,
+)
+
+
+@OP.public
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, silu: bool = True
+) -> Tensor:
+    """SiLU of GroupNorm, or GroupNorm alone.
+
+    Args:
+        x: (batch, channels, ...), any floating-point dtype. Contiguous and channels-last memory is read as it lies;
+            other strides are copied first.
+        num_groups: a divisor of the channels.
+        weight, bias: (channels,), any floating-point dtype, or None for 1 and 0.
+        eps: added to the variance, which is that of the population, over a sample's group.
+        silu: whether z * sigmoid(z) follows.
+
+    Returns:
+        The shape and dtype of x, channels last where x is, else contiguous; differentiable once in x, weight and bias.
+        x and two float32 numbers per sample and group are kept for backward.
+
+    Raises TypeError for what is no floating-point tensor, ValueError for a shape, device or number of groups that does
+    not fit.
+    """
+    return OP(x, num_groups, weight, bias, eps, silu)
