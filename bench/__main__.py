@@ -15,9 +15,9 @@ parser.add_argument(
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append one JSON line a row")
 parser.add_argument("--shapes", default="", help="only cases whose name starts with this: emoji, sd15, sdxl")
-parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-parser.add_argument("--peers", nargs="+", default=None, help="only these providers [default: all]")
-parser.add_argument("--seconds", type=float, default=0.5, help="time for each case and mode")
+parser.add_argument("--dtype", nargs="+", default=None)
+parser.add_argument("--peers", nargs="+", default=None, help="only these providers [default: all but max-autotune]")
+parser.add_argument("--seconds", type=float, default=None, help="time for each case and mode")
 arguments = parser.parse_args()
 sys.exit(
     main(

@@ -44,7 +44,8 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "cpu": f"{_cpu_name()} ({capability})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "diffusers", "peft")},
+        "torch": str(torch.__version__),
+        **{name: _version(name) for name in ("triton", "diffusers", "peft")},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

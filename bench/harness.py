@@ -1,7 +1,8 @@
 """Correctness first, then time: every provider is judged against float64, and only what passes is timed.
 
 Providers of one case run interleaved in one process, so that a busy machine slows all alike; figures are the 20th, 50th
-and 80th percentile of single calls, and the ratio of medians is what may be quoted.
+and 80th percentile of single calls, and the ratio of medians is what may be quoted. On a GPU a row of mode "forward" or
+"full" is the call as a program makes it, "forward graph" and "full graph" the GPU's work alone: see gpu.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hypersd.kernels._cost import Cost, ceiling
+from hypersd.kernels._cost import Ceiling, Cost, ceiling
 from hypersd.kernels._op import OPS, Op, use
 
+from . import gpu
 from .environment import environment
 
 OURS, EAGER = "hypersd", "eager"
@@ -74,13 +76,19 @@ def outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
     with torch.set_grad_enabled(backward):
         y = runner.call()
     values = (y,) if isinstance(y, Tensor) else y
-    found = {"y" if i == 0 else f"y{i}": value.detach() for i, value in enumerate(values)}
+    found = named(values)
     if backward:
         for leaf in runner.leaves.values():
             leaf.grad = None
         torch.autograd.backward(values, _upstreams(values))
         found |= {name: leaf.grad for name, leaf in runner.leaves.items() if leaf.grad is not None}
     return found
+
+
+def named(values: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a call returned, by name."""
+    values = (values,) if isinstance(values, Tensor) else values
+    return {"y" if i == 0 else f"y{i}": value.detach() for i, value in enumerate(values)}
 
 
 def _upstreams(values: tuple[Tensor, ...]) -> list[Tensor]:
@@ -109,9 +117,8 @@ def verdict(own: float, eager: float, dtype: torch.dtype) -> str:
 # ---- time -------------------------------------------------------------------------------------------------------
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu") -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Microseconds of single calls, the providers taking turns until `seconds` have passed."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for call in calls.values():
         call()
         call()
@@ -121,33 +128,25 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float, device: str
     while len(samples[order[0]]) < MIN_ROUNDS or time.perf_counter() < stop:
         for name in order:
             call = calls[name]
-            wait()
             start = time.perf_counter_ns()
             call()
-            wait()
             samples[name].append((time.perf_counter_ns() - start) / 1e3)
         order.append(order.pop(0))  # nobody always runs after the same neighbour
     return samples
 
 
-def step(runner: Runner, backward: bool) -> Callable[[], None]:
-    """What is timed: the call, and with `backward` the gradients of all leaves, from none."""
+def step(runner: Runner, backward: bool) -> Callable[[], Any]:
+    """What is timed: the call, and with `backward` the gradients of all leaves, from none. Returns the call's value."""
     if not backward:
-
-        def forward() -> None:
-            with torch.no_grad():
-                runner.call()
-
-        return forward
+        return torch.no_grad()(runner.call)
     first = runner.call()
     upstream = _upstreams((first,) if isinstance(first, Tensor) else first)
     leaves = list(runner.leaves.values())
 
-    def both() -> None:
-        for leaf in leaves:
-            leaf.grad = None
+    def both() -> Any:
         y = runner.call()
-        torch.autograd.backward((y,) if isinstance(y, Tensor) else y, upstream)
+        torch.autograd.grad((y,) if isinstance(y, Tensor) else y, leaves, upstream)
+        return y
 
     return both
 
@@ -172,8 +171,14 @@ def compare(
     cost: Cost | None = None,
     device: str = "cpu",
     yardstick: str = EAGER,
+    copies: Sequence[dict[str, Runner]] = (),
+    graphs: bool = True,
+    roof: Ceiling | None = None,
 ) -> list[Result]:
-    """Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together."""
+    """Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together.
+
+    On a GPU: `copies` are the same runners over other memory, taken in turns; `graphs` adds the rows of graph replay.
+    """
     backward = mode == "full"
     errors: dict[str, float] = {}
     for provider, runner in runners.items():
@@ -186,19 +191,58 @@ def compare(
         said = "red: it failed" if own is None else verdict(own, eager, dtype) if runner.same else "other"
         dtype_name = str(dtype).removeprefix("torch.")
         rows.append(Result(name, case, dtype_name, mode, provider, said, own if runner.same else None, eager))
-    samples = interleaved({r.provider: step(runners[r.provider], backward) for r in rows if r.green}, seconds, device)
-    roof = ceiling(device)
+    green = [row.provider for row in rows if row.green]
+    if device == "cpu":
+        samples = interleaved({name: step(runners[name], backward) for name in green}, seconds)
+    else:
+        steps = {name: [step(each[name], backward) for each in (runners, *copies)] for name in green}
+        samples = gpu.calls(steps, seconds)
+        if graphs:
+            rows += _graphs(rows, steps, samples, exact, eager, dtype, seconds)
     for row in rows:
-        if row.provider in samples:
-            row.p20, row.p50, row.p80 = percentiles(samples[row.provider])
-            row.rounds = len(samples[row.provider])
-    ours = next((row.p50 for row in rows if row.provider == OURS), None)
+        timed = samples.get(row.provider + row.mode.removeprefix(mode), [])
+        if timed and row.green:
+            row.p20, row.p50, row.p80 = percentiles(timed)
+            row.rounds = len(timed)
+    roof = roof or ceiling(device)
     for row in rows:
+        ours = next((r.p50 for r in rows if r.provider == OURS and r.mode == row.mode), None)
         row.over_ours = round(row.p50 / ours, 3) if row.p50 and ours else None
-        if cost is not None and mode == "forward":
+        if cost is not None and not backward:
             row.bytes, row.flops = cost.bytes, cost.flops
             row.of_roofline = round(1e6 * roof.seconds(cost, dtype) / row.p50, 3) if roof and row.p50 else None
     return rows
+
+
+def _graphs(
+    rows: list[Result],
+    steps: dict[str, list[Callable[[], Any]]],
+    samples: dict[str, list[float]],
+    exact: dict[str, Tensor],
+    eager: float,
+    dtype: torch.dtype,
+    seconds: float,
+) -> list[Result]:
+    """The same rows by replay of a graph of their steps, judged anew; fills `samples` under "<provider> graph"."""
+    made, found = {}, []
+    exact = {name: value for name, value in exact.items() if name.startswith("y")}
+    for row in rows:
+        if not row.green:
+            found.append(replace(row, mode=f"{row.mode} graph"))
+            continue
+        said, own = "red: it does not fit into a graph", None
+        try:
+            captured, values = gpu.graph(steps[row.provider])
+            if row.error is not None and not getattr(OPS.get(row.op), "mutated", ()):  # in place: changed by now
+                captured.replay()
+                own = error(named(values), exact)
+            said = row.verdict if own is None else verdict(own, eager, dtype)
+            made[f"{row.provider} graph"] = (captured.replay, len(steps[row.provider]))
+        except RuntimeError as failure:
+            said += f" ({str(failure).splitlines()[0][:80]})"
+        found.append(replace(row, mode=f"{row.mode} graph", verdict=said, error=own))
+    samples |= gpu.microseconds(made, seconds)
+    return found
 
 
 # ---- operators --------------------------------------------------------------------------------------------------
@@ -238,7 +282,14 @@ def with_leaves(op: Op, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def measure_op(
-    op: Op, *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
+    op: Op,
+    *,
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    shapes: str,
+    peers: Sequence[str] | None,
+    seconds: float,
+    roof: Ceiling | None = None,
 ) -> Iterable[list[Result]]:
     """All bench cases of an operator, forward and (where differentiable) forward with backward."""
     from .peers import eager, runners_for
@@ -248,14 +299,19 @@ def measure_op(
             continue
         for dtype in dtypes:
             inputs = case.inputs(dtype, device)
+            if device == "cuda":  # the tables too, as graphs want them
+                inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
             for mode in ("forward", "full") if op.backward else ("forward",):
                 exact = outputs(eager(op, wide), mode == "full")
                 runners = runners_for(op, inputs, peers)
                 cost = op.cost(**inputs) if op.cost else None
+                more = gpu.copies(cost.bytes) - 1 if cost and device == "cuda" else 0
+                copies = [runners_for(op, gpu.cloned(inputs), peers) for _ in range(more)]
                 yield compare(
-                    op.name, case.name, dtype, mode, exact, runners, seconds=seconds, cost=cost, device=device
-                )
+                    op.name, case.name, dtype, mode, exact, runners, seconds=seconds, cost=cost, device=device,
+                    copies=copies, roof=roof,
+                )  # fmt: skip
 
 
 # ---- reporting --------------------------------------------------------------------------------------------------
@@ -315,14 +371,18 @@ def main(
     device: str = "cpu",
     json_path: Path | None = None,
     shapes: str = "",
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
-    seconds: float = 0.5,
+    seconds: float | None = None,
     console: Console | None = None,
 ) -> int:
     """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
     own rows is red, else 0; 2 for a name that is not known. `shapes` keeps the cases whose names start with it.
+
+    Defaults: float32 and bfloat16 and half a second a case and mode; on a GPU bfloat16 and 0.15 seconds.
     """
+    dtypes = dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
+    seconds = seconds or (0.5 if device == "cpu" else 0.15)
     from . import sampler, tscd_step
 
     console = console or Console()
@@ -335,13 +395,16 @@ def main(
         console.print(f"no operator {unknown[0]}; known: {known}" if unknown else f"no dtype {wrong[0]}", style="red")
         return 2
     stamp = environment(device)
+    options: dict[str, Any] = {"device": device, "shapes": shapes, "peers": peers, "seconds": seconds}
+    roof = gpu.calibrate() if device == "cuda" else None
+    if roof:
+        stamp |= gpu.stamp(roof)
     console.print(" ".join(f"{key}={value}" for key, value in stamp.items()), style="dim", soft_wrap=True)
-    kinds = [getattr(torch, name) for name in dtypes]
+    options["dtypes"] = [getattr(torch, name) for name in dtypes]
     red = False
     for name in names:
         rows: list[Result] = []
-        options = {"device": device, "dtypes": kinds, "shapes": shapes, "peers": peers, "seconds": seconds}
-        for group in measure_op(OPS[name], **options) if name in OPS else others[name](**options):
+        for group in measure_op(OPS[name], roof=roof, **options) if name in OPS else others[name](**options):
             rows += group
             if json_path is not None:
                 write(group, json_path, stamp)

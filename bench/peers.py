@@ -27,13 +27,30 @@ def eager(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: written(op, changed, op.reference(*arguments)), leaves)
 
 
-def compiled(op: Op, inputs: dict[str, Any]) -> Runner:
+def compiled(op: Op, inputs: dict[str, Any], mode: str = "default") -> Runner:
     """torch.compile of the definition, for these shapes."""
-    torch._dynamo.reset()
     changed, leaves = with_leaves(op, inputs)
     arguments = schema_arguments(op, changed)
-    function = torch.compile(op.reference, dynamic=False)
+    signature = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in arguments]
+    if _compiled.get("for") != (op.name, signature):  # another case: copies of this one share its function
+        torch._dynamo.reset()
+        _compiled.clear()
+        _compiled["for"] = op.name, signature
+    if mode not in _compiled:
+        _compiled[mode] = torch.compile(op.reference, dynamic=False, mode=mode)
+    function = _compiled[mode]
     return Runner(lambda: written(op, changed, function(*arguments)), leaves)
+
+
+_compiled: dict[str, Any] = {}
+
+
+def autotuned(op: Op, inputs: dict[str, Any]) -> Runner | None:
+    """torch.compile that tries every product kernel it has: minutes for each case, so for large ones on a GPU alone,
+    and only where it is asked for."""
+    large = op.cost is not None and op.cost(**inputs).flops >= 5e9
+    wanted = large and inputs["x"].is_cuda and inputs["x"].dtype == torch.bfloat16
+    return compiled(op, inputs, "max-autotune-no-cudagraphs") if wanted else None
 
 
 def peft(op: Op, inputs: dict[str, Any]) -> Runner:
@@ -85,7 +102,7 @@ def torch_adamw(op: Op, inputs: dict[str, Any]) -> Runner:
     rate = changed["lr"] if on_device else float(changed["lr"])
     optimizer = torch.optim.AdamW(
         parameters, lr=rate, betas=changed["betas"], eps=changed["eps"], weight_decay=changed["weight_decay"],
-        fused=True,
+        fused=True, capturable=on_device,
     )  # fmt: skip
     state = zip(parameters, changed["exp_avg"].split(size), changed["exp_avg_sq"].split(size), strict=True)
     done = torch.as_tensor(float(changed["step"]) - 1.0, device=changed["param"].device)
@@ -146,14 +163,14 @@ PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] =
         "cudnn": sdpa("CUDNN_ATTENTION"),
     },
     "clip_coefficient": {"clip_grad_norm_": torch_clip},
-    "lora_linear": {"peft": peft, "base": base_layer},
+    "lora_linear": {"max-autotune": autotuned, "peft": peft, "base": base_layer},
     "lora_conv2d": {"peft": peft, "base": base_layer},
 }
 
 
 def runners_for(op: Op, inputs: dict[str, Any], peers: Sequence[str] | None = None) -> dict[str, Runner]:
-    """Every provider of this operator (ours and eager always), or those in `peers`."""
+    """Every provider of this operator but max-autotune, or those in `peers`; ours and eager always."""
     known = PROVIDERS[""] | PROVIDERS.get(op.name, {})
-    wanted = known if peers is None else {n: f for n, f in known.items() if n in (OURS, EAGER, *peers)}
-    made = {name: make(op, inputs) for name, make in wanted.items()}
+    asked = [name for name in known if name != "max-autotune"] if peers is None else [OURS, EAGER, *peers]
+    made = {name: make(op, inputs) for name, make in known.items() if name in asked}
     return {name: runner for name, runner in made.items() if runner is not None}

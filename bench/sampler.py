@@ -28,18 +28,20 @@ SOLVERS = {"ddim": solvers.ddim, "tcd": solvers.tcd, "lcm": solvers.lcm}
 STEPS, STEP = 4, 1
 
 
-def _scheduler(module: Any, name: str) -> Any:
+def _scheduler(module: Any, name: str, device: str = "cpu") -> Any:
     config = CONFIG | (DDIM_ONLY if name == "ddim" else {})
     scheduler = getattr(module, f"{name.upper()}Scheduler").from_config(config)
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(STEPS, device=device)
     return scheduler
 
 
 def _step(scheduler: Any, m: Tensor, x: Tensor) -> Callable[[], Tensor]:
-    generator, timestep = torch.Generator(), scheduler.timesteps[STEP]
+    generator, timestep = torch.Generator(x.device), scheduler.timesteps[STEP]
+    noisy = not type(scheduler).__name__.startswith("DDIM")
 
     def call() -> Tensor:
-        generator.manual_seed(0)
+        if noisy:
+            generator.manual_seed(0)
         scheduler._step_index = STEP
         return scheduler.step(m, timestep, x, generator=generator).prev_sample
 
@@ -50,11 +52,13 @@ def _affine(name: str, m: Tensor, x: Tensor) -> Callable[[], Tensor]:
     timesteps = _scheduler(diffusers, name).timesteps.numpy()
     process = NoiseProcess.from_config(CONFIG | {"set_alpha_to_one": name != "ddim", "prediction_type": "epsilon"})
     coef = torch.from_numpy(SOLVERS[name](process, timesteps).coef)[STEP]
-    noisy, generator = bool(coef[4] != 0), torch.Generator()
+    noisy, generator = bool(coef[4] != 0), torch.Generator(x.device)
 
     def call() -> Tensor:
-        generator.manual_seed(0)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype) if noisy else None
+        noise = None
+        if noisy:
+            generator.manual_seed(0)
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return affine_step(x, m, coef, noise=noise)
 
     return call
@@ -63,36 +67,34 @@ def _affine(name: str, m: Tensor, x: Tensor) -> Callable[[], Tensor]:
 def measure(
     *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
 ) -> Iterable[list[Result]]:
-    """affine_step with a row of the table, our scheduler class, and diffusers' class, each one step. Host tensors."""
-    if device != "cpu":
-        return
+    """affine_step with a row of the table, our scheduler class, and diffusers' class, each one step."""
     for name in SOLVERS:
         for shape_name, shape in SHAPES.items():
             if not shape_name.startswith(shapes):
                 continue
             for dtype in dtypes:
                 draw = torch.Generator().manual_seed(3)
-                x, m = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+                x, m = (torch.randn(shape, generator=draw).to(device, dtype) for _ in range(2))
                 if dtype != torch.float32 and name != "ddim":
                     continue  # the noise of a 16-bit generator is not that of a float64 one: nothing to judge by
                 with torch.random.fork_rng():
-                    generator = torch.Generator().manual_seed(0)
-                    noise = torch.randn(shape, generator=generator, dtype=dtype).double()
+                    generator = torch.Generator(device).manual_seed(0)
+                    noise = torch.randn(shape, generator=generator, dtype=dtype, device=device).double()
                 exact = {"y": _exact(name, m.double(), x.double(), noise)}
                 runners = {
                     OURS: Runner(_affine(name, m, x)),
-                    "scheduler": Runner(_step(_scheduler(schedulers, name), m, x)),
-                    DIFFUSERS: Runner(_step(_scheduler(diffusers, name), m, x)),
+                    "scheduler": Runner(_step(_scheduler(schedulers, name, device), m, x)),
+                    DIFFUSERS: Runner(_step(_scheduler(diffusers, name, device), m, x)),
                 }
                 yield compare(
                     "sampler_step", f"{name}_{shape_name}", dtype, "forward", exact, runners, seconds=seconds,
-                    yardstick=DIFFUSERS,
+                    device=device, yardstick=DIFFUSERS, graphs=name == "ddim",  # a graph cannot seed a generator
                 )  # fmt: skip
 
 
 def _exact(name: str, m: Tensor, x: Tensor, noise: Tensor) -> Tensor:
     """diffusers' step in float64 with this noise."""
-    scheduler = _scheduler(diffusers, name)
+    scheduler = _scheduler(diffusers, name, str(x.device))
     scheduler.alphas_cumprod = _alphas(name)
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])

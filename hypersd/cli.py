@@ -176,7 +176,9 @@ def bench(
         Path | None, typer.Option("--json", metavar="FILE", help="also write one JSON line a row")
     ] = None,
     shapes: Annotated[str, typer.Option(help="only the cases of emoji, sd15 or sdxl [default: all]")] = "",
-    dtype: Annotated[list[str] | None, typer.Option(help="repeatable [default: float32 and bfloat16]")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="repeatable [default: float32 and bfloat16; on cuda bfloat16]")
+    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="only this peer; repeatable [default: all]")] = None,
 ) -> None:
     """Time the kernels against their peers; every row is checked for correctness before it is timed.
@@ -191,8 +193,7 @@ def bench(
         from bench import main as run_bench
 
     resolve.pick_device(device)
-    dtypes = dtype or ["float32", "bfloat16"]
-    code = run_bench(ops or [], device=device, json_path=json_file, shapes=shapes, dtypes=dtypes, peers=peer)
+    code = run_bench(ops or [], device=device, json_path=json_file, shapes=shapes, dtypes=dtype, peers=peer)
     if code:
         raise typer.Exit(code)
 

@@ -72,7 +72,7 @@ def compare(
     if model == EMBEDDED:
         from hypersd.emoji import evaluators
 
-        evaluator = evaluators.load("judge").to(components.device)
+        evaluator = evaluators.load("judge", components.device)
     count = len(reference.captions)
     with Progress(work_of(count), console) as progress:
         evaluation = evaluate(

@@ -70,7 +70,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
     seed = recipe.train.seed
     training = writable(writable(out) / "training")
     components = load_model(recipe.model.path, device)
-    judge = evaluators.load("judge").to(components.device)
+    judge = evaluators.load("judge", components.device)
     with Progress(work_of(recipe, plan.samples), console) as progress:
         dataset = load_dataset(
             recipe, components, training / "latents", lambda done, total: progress("encode pictures", done, total)

@@ -56,7 +56,7 @@ def embedded(tmp_path, tiny_sd_folder, monkeypatch):
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(RECIPE)
     monkeypatch.setattr("hypersd.emoji.model_folder", lambda: tiny_sd_folder)
-    monkeypatch.setattr("hypersd.emoji.evaluators.load", lambda name: {"judge": Colours()}[name])
+    monkeypatch.setattr("hypersd.emoji.evaluators.load", lambda name, device: {"judge": Colours()}[name])
     monkeypatch.setitem(demo.BUDGETS, "quick", demo.Budget(str(recipe), 3))
     return tmp_path
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <cstring>
@@ -32,7 +33,7 @@ inline const TypeCodes& type_codes() {
 }
 inline Type type_of(const Tensor& t) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   const TypeCodes& known = type_codes();
   for (int i = 0; i < 4; ++i)
     if (known.code[i] == code) return static_cast<Type>(i);
@@ -82,7 +83,7 @@ struct View {
 
 inline Tensor empty_strided(const View& like, const int64_t* stride, Type type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(
       like.dim, like.size, stride, type_codes().code[static_cast<int>(type)], aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

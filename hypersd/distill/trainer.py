@@ -61,7 +61,7 @@ class Trainer:
         self.backbone: Any = backbone if backbone is not None else self._wrap(components.unet)
         # the initial adapter comes from the seed and leaves torch's global generator alone
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.train.seed)
+            torch.default_generator.manual_seed(recipe.train.seed)  # torch.manual_seed would seed every GPU's as well
             self.backbone.add_role(STUDENT)
         self.backbone.add_role(EMA, like=STUDENT)
         self.device = next(iter(self.backbone.role_parameters(STUDENT).values())).device
@@ -200,7 +200,11 @@ class Trainer:
             seed=train.seed + 1000003 * self.stage,
             caption_dropout=self.recipe.data.caption_dropout,
         )
-        return Batch(batch.latents.to(self.device), {k: v.to(self.device) for k, v in batch.cond.items()})
+        return Batch(self._here(batch.latents), {k: self._here(v) for k, v in batch.cond.items()})
+
+    def _here(self, t: Tensor) -> Tensor:
+        """`t` on the device. To a GPU it goes through pinned memory: a plain copy would wait for all work before it."""
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t.to(self.device)
 
     def _roles(self) -> list[str]:
         return [STUDENT, EMA, PREVIOUS] if self.has_previous else [STUDENT, EMA]

@@ -175,10 +175,10 @@ def solo_targets(objects: list[tuple[int, ...]], masks: Tensor, classes: int) ->
 
 
 @cache
-def load(name: str) -> Evaluator:
-    """The shipped set "reward" or "judge", frozen, float32, on the CPU."""
+def load(name: str, device: str | torch.device = "cpu") -> Evaluator:
+    """The shipped set "reward" or "judge", frozen, float32, on `device`; the same object for the same device."""
     if name not in SETS:
         raise ValueError(f"evaluator set is {name!r}; it must be one of {', '.join(SETS)}")
     model = Evaluator(SETS[name]["wide"])
     model.load_state_dict(load_file(FOLDER / "evaluators" / f"{name}.safetensors"))
-    return model.float().eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False).to(device)

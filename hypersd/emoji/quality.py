@@ -100,7 +100,7 @@ def measure(
     backbone = Backbone(components.unet, roles=())
     process = NoiseProcess.from_config(components.scheduler_config)
     scenes, others = render(seed + 1_000_000, samples, "heldout"), render(seed + 2_000_000, samples, "heldout")
-    judge = evaluators.load("judge").to(device)
+    judge = evaluators.load("judge", device)
     reference = Reference(scenes.images, scenes.captions, scenes.objects)
     groups, each = VARIETY
     varied = [caption for caption in scenes.captions[:groups] for _ in range(each)]

@@ -231,5 +231,5 @@ def arguments(
     if b.dtype != x.dtype:
         b = b.to(x.dtype)
     if isinstance(scale, Tensor):
-        return x, weight, bias, a, b, 1.0, scale
+        return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)
     return x, weight, bias, a, b, float(scale), None

@@ -93,9 +93,14 @@ def arch(t: Tensor) -> str:
     """The folder of tuned configurations for the device of `t`."""
     if not t.is_cuda:
         return "none"
+    return _gpu_arch(t.device)
+
+
+@lru_cache
+def _gpu_arch(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx"
-    major, minor = torch.cuda.get_device_capability(t.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 

@@ -101,7 +101,8 @@ def check(
 # ---------------------------------------------------------------------------------------------------- Triton kernel
 
 
-@jit(do_not_specialize=("chunks", "coef_stride"))
+# the row of a table may start at any multiple of 8 bytes: not a reason to compile again
+@jit(do_not_specialize=("chunks", "coef_stride"), do_not_specialize_on_alignment=("coef",))
 def _affine_step_kernel(
     x, eps_cond, eps_uncond, history, noise, out,
     coef, host0, host1, host2, host3, host4,  # coef: device pointer, or None and five numbers from the host

@@ -210,17 +210,16 @@ def _loss_kernel(
 
 @jit(do_not_specialize=("rows", "chunks", "width"))
 def _finish_kernel(partial, weight, loss, rows, chunks, width, BLOCK: tl.constexpr):
-    """One program per output: sums the partials of `rows` samples in a fixed order."""
+    """One program per output: sums the partials of `rows` samples in a fixed order, as many at a time as fit."""
     first = tl.program_id(0).to(tl.int64) * rows
     total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(rows):
-        sample = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, chunks, BLOCK):
-            inside = start + tl.arange(0, BLOCK)
-            sample += tl.load(partial + (first + row) * chunks + inside, mask=inside < chunks, other=0.0)
+    for start in range(0, rows * chunks, BLOCK):
+        inside = start + tl.arange(0, BLOCK)
+        mask = inside < rows * chunks
+        part = tl.load(partial + first * chunks + inside, mask=mask, other=0.0)
         if weight is not None:
-            sample *= tl.load(weight + first + row).to(tl.float32)
-        total += sample
+            part *= tl.load(weight + first + inside // chunks, mask=mask, other=0.0).to(tl.float32)
+        total += part
     # two divisions: the product of the sizes need not be a float32
     tl.store(loss + tl.program_id(0), tl.div_rn(tl.div_rn(tl.sum(total, axis=0), width * 1.0), rows * 1.0))
 
@@ -442,7 +441,8 @@ def consistency_loss(
         eps_student, x_t, eps_target, x_s: (batch, ...) of one shape and device, any strides, any floating-point dtypes.
             `eps_*` are raw network outputs of whatever prediction type the coefficients were made for.
         coef: (batch, 4) as p0 p1 q0 q1 (or (4,) for all samples), float64 (float32 is taken too), on the host or on
-            the device of eps_student. Constants, like x_t, eps_target and x_s: no gradient flows into them.
+            the device of eps_student (there, like `weight`, for CUDA graph capture). Constants, like x_t, eps_target
+            and x_s: no gradient flows into them.
         kind: "mse" d^2, "l1" |d|, "huber" (quadratic inside c, linear outside, as torch's with delta=c) or
             "pseudo_huber" sqrt(d^2 + c^2) - c.
         c: the width of huber and pseudo_huber, positive, in units of d.

@@ -18,6 +18,7 @@ from torch import Tensor
 from hypersd.kernels import _lora
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
+from hypersd.kernels._rows import on_device
 from hypersd.kernels._tune import Config, Program, interpreted, jit, lookup, tl, triton
 
 FUSED = 1 << 18  # elements of y from which oneDNN's fused sum, 25 us dearer to call, saves more than that
@@ -324,8 +325,9 @@ def _triton(
         return _forms(x, weight, bias, a, b, scale, scale_tensor, keep)
     n, k = weight.shape
     rows, weight, a, b = x.reshape(-1, k).contiguous(), weight.contiguous(), a.contiguous(), b.contiguous()
-    s = _shrink(rows, a, True)
-    y = _expand(s, b, rows, weight, bias, scale, scale_tensor, True)
+    with on_device(x):
+        s = _shrink(rows, a, True)
+        y = _expand(s, b, rows, weight, bias, scale, scale_tensor, True)
     return y.view(*x.shape[:-1], n), s if keep else x.new_empty(0)
 
 
@@ -338,14 +340,15 @@ def _triton_backward(
     n, k = weight.shape
     rows, dy = x.reshape(-1, k).contiguous(), dy.reshape(-1, n).contiguous()
     weight, a, b = weight.contiguous(), a.contiguous(), b.contiguous()
-    ds = _shrink(dy, b, False)
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
-    if need_x:
-        dx = _expand(ds, a, dy, weight, None, scale, scale_tensor, False).view(x.shape)
-    if need_adapter:
-        factor = scale if scale_tensor is None else scale * scale_tensor
-        da = (_outer(ds, rows) * factor).to(a.dtype)
-        db = (_outer(s if s.dim() == 2 else _shrink(rows, a, True), dy) * factor).to(b.dtype).t().contiguous()
+    with on_device(x):
+        ds = _shrink(dy, b, False)
+        if need_x:
+            dx = _expand(ds, a, dy, weight, None, scale, scale_tensor, False).view(x.shape)
+        if need_adapter:
+            factor = scale if scale_tensor is None else scale * scale_tensor
+            da = (_outer(ds, rows) * factor).to(a.dtype)
+            db = (_outer(s if s.dim() == 2 else _shrink(rows, a, True), dy) * factor).to(b.dtype).t().contiguous()
     return dx, da, db
 
 

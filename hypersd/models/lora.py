@@ -158,10 +158,12 @@ class LoraSlot(nn.Module):
         """A new adapter: a ~ Kaiming uniform (as PEFT), b = 0, so that it starts as no change."""
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         shape_a, shape_b = self.adapter_shapes(rank)
-        a = torch.empty(shape_a, dtype=dtype, device=self.weight.device)
+        device = self.weight.device
+        # drawn on the host: a seed gives the same adapter on every device
+        a = torch.empty(shape_a, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
         # kaiming_uniform_(a=sqrt(5)): bound 1 / sqrt(fan_in)
         a.uniform_(-1.0, 1.0, generator=generator).div_(math.sqrt(a[0].numel()))
-        self.set(role, a, torch.zeros(shape_b, dtype=dtype, device=a.device), scale)
+        self.set(role, a.to(device), torch.zeros(shape_b, dtype=dtype, device=device), scale)
 
     def set(self, role: str, a: Tensor, b: Tensor, scale: float) -> None:
         self.a[role], self.b[role] = nn.Parameter(a), nn.Parameter(b)

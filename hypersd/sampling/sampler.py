@@ -36,17 +36,16 @@ def sample(
     denoise(x_t, timestep (B,)) gives the network output m, or (m conditional, m unconditional) for a guided table.
     Fresh noise is drawn per step from `generator` (one per sample if a list), only in rows that use it. progress(done,
     total) is called after every step. Keep x_T in float32: it is the accumulator, the network may run in 16 bit.
+    Nothing is copied to or from a GPU (unless a generator is the host's), so the whole loop fits into a CUDA graph.
     """
-    coef = torch.from_numpy(table.coef).to(x_T.device)
-    timesteps = torch.from_numpy(table.timesteps).to(x_T.device)
-    if timesteps.is_floating_point():
-        timesteps = timesteps.float()
+    coef = torch.from_numpy(table.coef)  # on the host: the numbers of a row travel with the launch
+    kind = torch.float32 if table.timesteps.dtype.kind == "f" else torch.int64
     is_guided, is_noisy = table.is_guided, table.coef[:, 4] != 0
     if table.coef[:, 3].any():
         raise HypersdError("multistep tables (history) cannot be sampled yet")
     x = x_T
-    for i in range(len(table)):
-        m = denoise(x, timesteps[i].expand(len(x)))
+    for i, t in enumerate(table.timesteps.tolist()):
+        m = denoise(x, torch.full((len(x),), t, dtype=kind, device=x.device))
         if isinstance(m, Tensor) is is_guided:
             wanted = "a pair (conditional, unconditional)" if is_guided else "one tensor"
             raise HypersdError(f"denoise must return {wanted} for this table")

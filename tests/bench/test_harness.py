@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import bench
-from bench import harness, peers
+from bench import gpu, harness, peers, sanitize
 from hypersd.kernels._op import OPS
 
 QUIET = Console(quiet=True)
@@ -158,3 +158,28 @@ def test_the_table_shows_ratios(capsys):
 def test_environment_stamp():
     stamp = SimpleNamespace(**bench.environment.environment())
     assert stamp.threads == torch.get_num_threads() and stamp.torch == torch.__version__ and stamp.cpu
+
+
+def test_the_sanitizers_run_reaches_every_operator(capsys):
+    assert sanitize.main(["affine_step", "consistency_loss"], "cpu", (torch.float32,)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["affine_step", "consistency_loss"]
+    assert all(int(line.split()[1]) >= 10 for line in said)
+    assert all(any(not case.bench for case in sanitize.cases(op)) for op in OPS.values())
+
+
+def test_copies_of_the_inputs_overflow_the_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50_000_000))
+    assert gpu.copies(10_000_000) == 10 and gpu.copies(1e9) == 1 and gpu.copies(1000) == gpu.MAX_COPIES
+
+
+def test_copies_share_one_compiled_function(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(options["mode"]) or function)
+    op = OPS["lora_linear"]
+    inputs = op.cases[-1].inputs()
+    for _ in range(3):
+        peers.compiled(op, inputs)
+    assert len(made) == 1
+    assert len(peers.compiled(op, op.cases[0].inputs()).leaves) == 3 and len(made) == 2
+    assert "max-autotune" not in peers.runners_for(op, inputs) and peers.autotuned(op, inputs) is None

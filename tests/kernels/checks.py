@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypersd.kernels import use
 from hypersd.kernels._op import Case, Op
 
+CUDA = pytest.param(
+    "cuda", id="cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+)
+DEVICES = (pytest.param("cpu", id="cpu"), CUDA)
 SMALL_FLOPS, SMALL_ELEMENTS = 1.5e8, 2e6  # larger cases are the benchmark's, which checks them before it times them
 
 
@@ -75,7 +80,7 @@ def leaves_of(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:
 def upstreams(found: dict[str, Tensor]) -> list[Tensor]:
     """A fixed upstream gradient for each result."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(out.shape, generator=generator).to(out.dtype) for out in found.values()]
+    return [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in found.values()]
 
 
 def evaluate(op: Op, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,7 +7,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hypersd.kernels import _native
+from hypersd.kernels import _native, use
+from hypersd.kernels._op import OPS, Op
+from tests.kernels import checks
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of a GPU in float32, not TF32: no yardstick that is a thousand times as long."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=checks.DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on the CPU and once on the GPU: new tensors are made there."""
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -16,17 +31,25 @@ def poisoned() -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, device="cuda" if torch.cuda.is_available() else "cpu").isnan().all()
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set, forced upon the C++ kernels for one test, or "fallback", which the test arranges."""
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What runs for one test: "auto"; "triton", forced; "fallback", what a machine without our kernels runs; or an
+    instruction set, forced upon the C++ kernels."""
     name = request.param
+    if name in ("auto", "triton"):
+        with use(name):
+            yield name
+        return
     if name == "fallback":
+        monkeypatch.setattr(Op, "run", lambda op, *args: op.fallback(*args))
+        for op in OPS.values():
+            monkeypatch.setattr(op, "raw", op.fallback)
         yield name
         return
     if not _native.available():

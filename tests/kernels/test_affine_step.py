@@ -7,6 +7,7 @@ import torch
 
 from hypersd.kernels import affine_step
 
+pytestmark = pytest.mark.usefixtures("device")
 NAMES = ("x", "eps_cond", "eps_uncond", "history", "noise")
 
 
@@ -122,7 +123,7 @@ def test_rounds_to_nearest_even_as_torch_does(dtype):
         ({"eps_cond": None}, TypeError, "eps_cond: got NoneType, expected a tensor"),
         ({"history": torch.zeros(2)}, ValueError, r"history: got shape \(2,\), expected \(2, 3\) as x"),
         ({"noise": torch.zeros(2, 3, dtype=torch.complex64)}, TypeError, "noise: got torch.complex64"),
-        ({"noise": torch.zeros(2, 3, device="meta")}, ValueError, "noise: got device meta, expected cpu as x"),
+        ({"noise": torch.zeros(2, 3, device="meta")}, ValueError, "noise: got device meta, expected (cpu|cuda:0) as x"),
         ({"coef": torch.zeros(4)}, ValueError, r"coef: got shape \(4,\), expected \(5,\) or \(2, 5\)"),
         ({"coef": torch.zeros(3, 5)}, ValueError, r"coef: got shape \(3, 5\), expected \(5,\) or \(2, 5\)"),
         ({"coef": torch.zeros(5, dtype=torch.float16)}, TypeError, "coef: got torch.float16, expected torch.float64"),

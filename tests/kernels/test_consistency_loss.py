@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypersd.kernels import consistency_loss
 from hypersd.kernels.consistency_loss import KINDS
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)

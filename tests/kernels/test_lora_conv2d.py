@@ -18,7 +18,7 @@ def layer(
     batch: int = 2, size: int = 9, *, k: int = 6, n: int = 8, kernel: int = 3, r: int = 3, bias: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def draw(*shape: int, std: float) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
@@ -50,6 +50,7 @@ def take(monkeypatch):
     return force
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("forward", "input_grad", "adapter_grad"),
     itertools.product(("split", "accumulate", "fold"), ("split", "fold"), ("thin", "full")),
@@ -68,6 +69,7 @@ def test_every_form_is_the_definition(take, forward, input_grad, adapter_grad, s
         torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("form", ["split", "accumulate", "fold"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_channels_last_stays(take, form, dtype):
@@ -82,6 +84,7 @@ def test_channels_last_stays(take, form, dtype):
         assert da.is_contiguous() and db.is_contiguous()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("form", ["split", "accumulate", "fold"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
 def test_no_adapter_is_the_base_layer(take, form, layout):
@@ -92,6 +95,7 @@ def test_no_adapter_is_the_base_layer(take, form, layout):
     assert torch.equal(y, F.conv2d(x, inputs["weight"], inputs["bias"], 1, 1))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_1x1_kernel_is_the_linear_layer():
     inputs = layer(kernel=1)
     y = lora_conv2d(**inputs, scale=0.7)
@@ -100,6 +104,7 @@ def test_a_1x1_kernel_is_the_linear_layer():
     torch.testing.assert_close(y, rows.permute(0, 3, 1, 2))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
 def test_folded_weight_is_the_layer_and_keeps_its_format(layout):
     inputs = layer(dtype=torch.float32)
@@ -110,6 +115,7 @@ def test_folded_weight_is_the_layer_and_keeps_its_format(layout):
     torch.testing.assert_close(folded, lora_conv2d(**inputs, scale=0.7, stride=2, padding=1))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_small_update_survives_bfloat16_in_channels_last():
     inputs = layer(4, 16, k=64, n=64, r=32, dtype=torch.bfloat16)
     inputs["b"] = inputs["b"] * 1e-4
@@ -121,6 +127,7 @@ def test_a_small_update_survives_bfloat16_in_channels_last():
     assert float(((y - base) * update).sum() / update.square().sum()) == pytest.approx(1.0, abs=0.35)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_peft_layer(stride):
     from peft import LoraConfig
@@ -140,12 +147,14 @@ def test_peft_layer(stride):
         torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("device")
 def test_scale_as_a_tensor():
     inputs = layer()
     for found, expected in zip(gradients(inputs, 1, torch.tensor(0.7)), gradients(inputs, 1, 0.7), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_frozen_weight_gets_no_gradient():
     inputs = layer(dtype=torch.float32)
     weight, a = inputs["weight"].requires_grad_(), inputs["a"].requires_grad_()

@@ -19,7 +19,7 @@ FORMS = ("split", "accumulate", "fold")
 def layer(
     *rows: int, k: int = 24, n: int = 40, r: int = 6, dtype: torch.dtype = torch.float64, bias: bool = True
 ) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def draw(*shape: int, std: float) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
@@ -51,6 +51,7 @@ def take(monkeypatch):
     return force
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("forward", "input_grad", "adapter_grad"), itertools.product(FORMS, FORMS, ("thin", "full")))
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_form_is_the_definition(take, forward, input_grad, adapter_grad, bias):
@@ -71,6 +72,7 @@ def test_no_adapter_is_the_base_layer_bit_for_bit(take, form, bias):
     assert torch.equal(y, F.linear(inputs["x"], inputs["weight"], inputs["bias"]))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [700, 2048])  # below and above the size from which oneDNN adds the three at once
@@ -90,6 +92,7 @@ def test_a_small_update_survives_16_bit(dtype, bias, rows):
     assert share(folded) < 0.6
 
 
+@pytest.mark.usefixtures("device")
 def test_folded_weight_is_the_layer():
     inputs = layer(5, dtype=torch.float32)
     weight = _lora.fold_weight(inputs["weight"], inputs["a"], inputs["b"], 0.7)
@@ -100,6 +103,7 @@ def test_folded_weight_is_the_layer():
     assert _lora.fold_weight(**narrow, scale=0.7, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("device")
 def test_peft_layer():
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
@@ -118,18 +122,21 @@ def test_peft_layer():
         torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("device")
 def test_scale_moves_into_b():
     inputs = layer(6, 5, dtype=torch.float32)
     y = lora_linear(**inputs, scale=4.0)
     assert torch.equal(y, lora_linear(**inputs | {"b": inputs["b"] * 4}, scale=1.0))
 
 
+@pytest.mark.usefixtures("device")
 def test_scale_as_a_tensor():
     inputs = layer(6, 5)
     for found, expected in zip(gradients(inputs, torch.tensor(0.7)), gradients(inputs, 0.7), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.usefixtures("device")
 def test_gradcheck_of_the_forms():
     inputs = layer(2, 3, k=5, n=4, r=2)
     leaves = [inputs[name].requires_grad_() for name in ("x", "a", "b")]
@@ -140,6 +147,7 @@ def test_gradcheck_of_the_forms():
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("wanted", [("x",), ("a", "b"), ("a",), ("b",)])
 def test_only_the_gradients_asked_for(wanted):
     inputs = layer(4, dtype=torch.float32)
@@ -156,6 +164,7 @@ def test_only_the_gradients_asked_for(wanted):
             assert leaf.grad is None
 
 
+@pytest.mark.usefixtures("device")
 def test_adapter_kept_in_float32():
     inputs = layer(8, dtype=torch.bfloat16)
     masters = {name: inputs[name].float().requires_grad_() for name in ("a", "b")}

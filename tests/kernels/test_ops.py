@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,56 +16,68 @@ from tests.kernels import checks
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-IMPLEMENTATIONS = (*_native.ISA_LEVELS, "fallback")
+
+
+def implementations(op: Op, device: str) -> tuple[str, ...]:
+    """What can run there, for the `implementation` fixture."""
+    if device == "cpu":
+        return (*_native.ISA_LEVELS, "fallback") if op.cpp else ("fallback",)
+    return ("auto", "triton", "fallback") if op.triton else ("auto",)
+
+
 RUNS = [
-    pytest.param(op, case, name, id=f"{op.name}-{case.name}-{name}")
+    pytest.param(op, case, *device.values, name, id=f"{op.name}-{case.name}-{device.id}-{name}", marks=device.marks)
     for op in OPS.values()
     for case in checks.small(op)
-    for name in (IMPLEMENTATIONS if op.cpp else ("fallback",))
+    for device in checks.DEVICES
+    for name in implementations(op, *device.values)
 ]
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
 DIFFERENTIABLE = [pytest.param(op, id=op.name) for op in OPS.values() if op.differentiable]
+on_devices = pytest.mark.parametrize("device", checks.DEVICES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case", "implementation"), RUNS, indirect=["implementation"])
-def test_error_at_most_twice_eagers(op, case, implementation, dtype, poisoned, monkeypatch):
-    if implementation == "fallback":  # what runs on a machine without the C++ kernels
-        monkeypatch.setattr(op, "raw", op.fallback)
-    assert checks.check(op, case.inputs(dtype)) == []
+@pytest.mark.parametrize(("op", "case", "device", "implementation"), RUNS, indirect=["implementation"])
+def test_error_at_most_twice_eagers(op, case, device, implementation, dtype, poisoned):
+    assert checks.check(op, case.inputs(dtype, device)) == []
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("op", EVERY)
-def test_any_memory_order(op, dtype, poisoned):
+def test_any_memory_order(op, dtype, device, poisoned):
     case = next((c for c in checks.small(op) if c.name.startswith("odd")), checks.smallest(op))
-    inputs = case.inputs(dtype)
+    inputs = case.inputs(dtype, device)
     for name, changed in checks.layouts(inputs):
         assert checks.check(op, changed) == [], name
 
 
+@on_devices
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_strided_and_expanded_upstream_gradients(op):
-    inputs = checks.smallest(op).inputs(torch.float64)
+def test_strided_and_expanded_upstream_gradients(op, device):
+    dtype, tolerance = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)  # kernels' own on a GPU
+    inputs = checks.smallest(op).inputs(dtype, device)
     leaves = list(checks.leaves_of(op, inputs).values())
     for out in checks.results(op, inputs).values():
         if out.dim() == 0:
-            upstreams = [torch.tensor(2.5, dtype=out.dtype)]
+            upstreams = [out.new_tensor(2.5)]
         else:
-            base = torch.randn(*out.shape, 2, dtype=out.dtype)
-            upstreams = [base[..., 0], torch.ones((), dtype=out.dtype).expand_as(out)]
+            base = torch.randn(*out.shape, 2, dtype=out.dtype, device=device)
+            upstreams = [base[..., 0], out.new_ones(()).expand_as(out)]
         for upstream in upstreams:
             plain = upstream.clone(memory_format=torch.contiguous_format)
             found, expected = (
                 torch.autograd.grad(out, leaves, u, retain_graph=True, allow_unused=True) for u in (upstream, plain)
             )
             for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@on_devices
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_gradcheck(op):
-    inputs = checks.widened(checks.smallest(op).inputs())
+def test_gradcheck(op, device):
+    inputs = checks.widened(checks.smallest(op).inputs(device=device))
     names = [k for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
 
     def function(*tensors: Tensor) -> Tensor:
@@ -76,9 +89,10 @@ def test_gradcheck(op):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
+@on_devices
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_second_derivatives_raise(op):
-    inputs = checks.smallest(op).inputs()
+def test_second_derivatives_raise(op, device):
+    inputs = checks.smallest(op).inputs(device=device)
     leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
     out = sum(value.square().sum() for value in checks.results(op, inputs).values())
     grads = torch.autograd.grad(out, leaves, create_graph=True)
@@ -103,6 +117,96 @@ def test_same_bits_on_any_number_of_threads(op, dtype):
         torch.set_num_threads(before)
 
 
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", EVERY)
+def test_same_bits_in_twenty_runs(op, dtype, device, monkeypatch):
+    if not op.triton:  # then the products are ATen's, whose fastest routines on a GPU promise no order of their sums
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    largest = max(checks.small(op), key=lambda case: checks.elements(op, case))
+    for case in (checks.smallest(op), largest)[: 1 if device == "cpu" else 2]:
+        inputs = case.inputs(dtype, device)
+        first = checks.evaluate(op, inputs)
+        for _ in range(19):
+            assert_equal(checks.evaluate(op, inputs), first)
+
+
+def gpu_step(op: Op, inputs: dict[str, Any]) -> Callable[[], dict[str, Tensor]]:
+    """Results and gradients of these inputs, warm: compiled, with every library's scratch memory at hand."""
+    leaves = checks.leaves_of(op, inputs)
+
+    def step() -> dict[str, Tensor]:
+        outs = checks.results(op, inputs)
+        ones = [torch.ones_like(out) for out in outs.values()]
+        grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), ones) if leaves else ()
+        return {k: v.detach() for k, v in outs.items()} | {f"grad {k}": g for k, g in zip(leaves, grads, strict=True)}
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch.cuda.graph wants it
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    return step
+
+
+@pytest.mark.parametrize("device", [checks.CUDA])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", EVERY)
+def test_graph_replay_has_the_bits_of_the_call(op, dtype, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    case = checks.smallest(op)
+    names = [k for k, v in checks.shapes(op, case).items() if isinstance(v, Tensor)]
+    inputs = case.inputs(dtype, device)
+    inputs |= {k: inputs[k].to(device) for k in names}  # a host table is a copy at every call, which no graph holds
+    step = gpu_step(op, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):  # other numbers in the same memory
+        with torch.no_grad():
+            for name, value in case.inputs(dtype, device, seed).items():
+                if name in names:
+                    inputs[name].copy_(value)
+        for value in captured.values():
+            value.fill_(float("nan"))
+        graph.replay()
+        assert_equal({name: value.clone() for name, value in captured.items()}, step())
+
+
+@pytest.mark.parametrize("device", [checks.CUDA])
+@pytest.mark.parametrize("tables", ["host", "device"])
+@pytest.mark.parametrize("op", EVERY)
+def test_nothing_waits_for_the_gpu(op, tables, device):
+    inputs = checks.smallest(op).inputs(torch.float32, device)
+    if tables == "device":
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    step = gpu_step(op, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [checks.CUDA])
+@pytest.mark.parametrize("op", EVERY)
+def test_runs_on_the_stream_it_is_called_on(op, device):
+    """Inputs that arrive late on a stream of their own: a kernel launched elsewhere would read them too early."""
+    case = checks.smallest(op)
+    inputs, late = case.inputs(device=device), case.inputs(device=device, seed=1)
+    expected = checks.results(op, late)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        arriving = {k: v.copy_(late[k]) for k, v in inputs.items() if isinstance(v, Tensor) and v.is_cuda}
+        found = checks.results(op, late | arriving)
+    stream.synchronize()
+    assert_equal(found, expected)
+
+
 def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]]:
     """Every operator that one forward and backward calls, with its arguments."""
     inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -114,9 +218,10 @@ def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]
     return record.calls
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_opcheck(op):
-    calls = recorded(op, checks.smallest(op).inputs())
+def test_opcheck(op, device):
+    calls = recorded(op, checks.smallest(op).inputs(device=device))
     assert calls and calls[0][0].__name__.startswith(f"_{op.name}" if op.differentiable else op.name)
     for func, args in calls:
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
@@ -129,7 +234,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def dynamic_group(op: Op) -> list[dict[str, Any]]:
+def dynamic_group(op: Op, device: str) -> list[dict[str, Any]]:
     """The inputs of those cases that differ in sizes alone; torch specialises on 0 and 1, so these must agree."""
     groups: dict[Any, list[Case]] = {}
     for case in op.cases:
@@ -139,12 +244,13 @@ def dynamic_group(op: Op) -> list[dict[str, Any]]:
             key = tuple((k, tuple(n == 1 for n in v.shape) if k in tensors else v) for k, v in inputs.items())
             groups.setdefault(key, []).append(case)
     group = sorted(max(groups.values(), key=len), key=lambda case: checks.elements(op, case))
-    return [case.inputs() for case in group[:4]]
+    return [case.inputs(device=device) for case in group[:4]]
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_compiles_whole_with_dynamic_shapes(op):
-    group = dynamic_group(op)
+def test_compiles_whole_with_dynamic_shapes(op, device):
+    group = dynamic_group(op, device)
     assert len(group) >= 3, "give the operator three cases that differ in sizes alone"
     torch._dynamo.reset()
     compiled = torch.compile(partial(checks.results, op), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -160,9 +266,10 @@ def test_compiles_whole_with_dynamic_shapes(op):
                 torch.testing.assert_close(found, expected)
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_exports_as_one_operator(op):
-    inputs = checks.smallest(op).inputs()
+def test_exports_as_one_operator(op, device):
+    inputs = checks.smallest(op).inputs(device=device)
 
     class Module(torch.nn.Module):
         def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,9 +282,10 @@ def test_exports_as_one_operator(op):
     assert_equal(program.module()(tensors), checks.results(op, inputs))
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_inductor_compiles_it(op):
-    inputs = checks.smallest(op).inputs()
+def test_inductor_compiles_it(op, device):
+    inputs = checks.smallest(op).inputs(device=device)
     torch._dynamo.reset()
 
     def twice() -> dict[str, Tensor]:
@@ -186,9 +294,10 @@ def test_inductor_compiles_it(op):
     assert_equal(torch.compile(twice, fullgraph=True)(), twice())
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_inputs_stay_untouched(op):
-    inputs = checks.smallest(op).inputs()
+def test_inputs_stay_untouched(op, device):
+    inputs = checks.smallest(op).inputs(device=device)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     op.function(**inputs)
     assert all(torch.equal(inputs[k], v) for k, v in before.items() if k not in op.mutated)
@@ -203,13 +312,17 @@ def test_what_is_written_counts_as_changed(op):
     assert before and all(inputs[k]._version > version for k, version in before.items())
 
 
+@on_devices
 @pytest.mark.parametrize("op", EVERY)
-def test_explain_names_what_runs(op):
-    inputs = checks.smallest(op).inputs()
+def test_explain_names_what_runs(op, device):
+    inputs = checks.smallest(op).inputs(device=device)
     said = explain(op.function, **inputs)
     cost = op.cost(**inputs)
     assert (said.cost.bytes, said.cost.flops) == (cost.bytes, cost.flops) and cost.bytes > 0
-    if op.cpp and _native.available():
+    if device == "cuda":
+        runs = "triton" if op.triton else "aten" if op.plan else "reference"
+        assert said.implementation == runs and (said.config is not None) is (runs != "reference")
+    elif op.cpp and _native.available():
         assert said.implementation == "cpp"
     assert f"{cost.bytes:,.0f}" in str(said) and op.name in str(said)
     with use("reference"):
