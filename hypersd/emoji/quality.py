@@ -162,7 +162,7 @@ def _reconstruct(components: Any, images: np.ndarray) -> np.ndarray:
 
 def main(
     samples: Annotated[int, typer.Option(help="pictures a row")] = 10_000,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 2.5,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="sample in bfloat16, twice as fast on some CPUs")] = False,
