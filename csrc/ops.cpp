@@ -99,4 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
 
   // group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, bool need_x, bool need_affine) -> (Tensor, Tensor, Tensor)
   m.impl("group_norm_silu_backward", TORCH_BOX(&hypersd::group_norm_silu_backward));
+
+  // score_gradient(Tensor x, Tensor x_real, Tensor x_fake, Tensor? weight) -> Tensor
+  m.impl("score_gradient", TORCH_BOX(&hypersd::score_gradient));
 }

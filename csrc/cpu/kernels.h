@@ -37,4 +37,6 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x,
                                                             int64_t num_groups, bool silu, bool need_x,
                                                             bool need_affine);
 
+Tensor score_gradient(Tensor x, Tensor x_real, Tensor x_fake, std::optional<Tensor> weight);
+
 }  // namespace hypersd

@@ -12,6 +12,7 @@ from hypersd.kernels.geglu import geglu
 from hypersd.kernels.group_norm_silu import group_norm_silu
 from hypersd.kernels.lora_conv2d import lora_conv2d
 from hypersd.kernels.lora_linear import lora_linear
+from hypersd.kernels.score_gradient import score_gradient
 
 __all__ = [
     "adamw_ema_",
@@ -24,5 +25,6 @@ __all__ = [
     "group_norm_silu",
     "lora_conv2d",
     "lora_linear",
+    "score_gradient",
     "use",
 ]
