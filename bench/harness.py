@@ -7,7 +7,6 @@ and 80th percentile of single calls, and the ratio of medians is what may be quo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import time
@@ -181,14 +180,19 @@ def compare(
     """
     backward = mode == "full"
     errors: dict[str, float] = {}
+    why: dict[str, str] = {}
     for provider, runner in runners.items():
-        with contextlib.suppress(RuntimeError, TypeError, ValueError) if provider != OURS else contextlib.nullcontext():
+        try:
             errors[provider] = error(outputs(runner, backward), exact) if runner.same else 0.0
+        except (RuntimeError, TypeError, ValueError) as failure:
+            if provider == OURS:
+                raise
+            why[provider] = f"red: it failed ({_first_line(failure)})"
     eager = errors.get(yardstick, 0.0)
     rows = []
     for provider, runner in runners.items():
         own = errors.get(provider)
-        said = "red: it failed" if own is None else verdict(own, eager, dtype) if runner.same else "other"
+        said = why[provider] if own is None else verdict(own, eager, dtype) if runner.same else "other"
         dtype_name = str(dtype).removeprefix("torch.")
         rows.append(Result(name, case, dtype_name, mode, provider, said, own if runner.same else None, eager))
     green = [row.provider for row in rows if row.green]
@@ -212,6 +216,10 @@ def compare(
             row.bytes, row.flops = cost.bytes, cost.flops
             row.of_roofline = round(1e6 * roof.seconds(cost, dtype) / row.p50, 3) if roof and row.p50 else None
     return rows
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure) or type(failure).__name__).splitlines()[0][:120]
 
 
 def _graphs(
@@ -239,7 +247,7 @@ def _graphs(
             said = row.verdict if own is None else verdict(own, eager, dtype)
             made[f"{row.provider} graph"] = (captured.replay, len(steps[row.provider]))
         except RuntimeError as failure:
-            said += f" ({str(failure).splitlines()[0][:80]})"
+            said += f" ({_first_line(failure)})"
         found.append(replace(row, mode=f"{row.mode} graph", verdict=said, error=own))
     samples |= gpu.microseconds(made, seconds)
     return found

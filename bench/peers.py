@@ -141,12 +141,13 @@ def sdpa(backend: str = "") -> Callable[[Op, dict[str, Any]], Runner | None]:
         if backend and not inputs["q"].is_cuda:
             return None
         changed, leaves = with_leaves(op, inputs)
+        q, k, v = (changed[name] for name in "qkv")
 
         def call() -> Tensor:
             if not backend:
-                return F.scaled_dot_product_attention(**changed)
+                return F.scaled_dot_product_attention(q, k, v)
             with sdpa_kernel(getattr(SDPBackend, backend)):
-                return F.scaled_dot_product_attention(**changed)
+                return F.scaled_dot_product_attention(q, k, v)
 
         return Runner(call, leaves)
 

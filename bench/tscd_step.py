@@ -6,7 +6,8 @@ eager torch, pseudo-Huber, AdamW, EMA over the adapter. Both sides get the same 
 the loss and the gradient norm of the first step must agree before anything is timed.
 
 Peak tensor memory is what torch's CPU allocator reports to the profiler: the running sum of every allocation and free
-from before the models are built to the end of the second step (oneDNN's private scratch is outside it, on both sides).
+from before the models are built to the end of the second step (oneDNN's private scratch is outside it, on both sides);
+on a GPU it is what torch's allocator there reports.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class PeerLoop:
         self.ema = [adapter(self.target)[name] for name in adapter(self.student)]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=TRAIN["learning_rate"], weight_decay=0.0)
         alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod
+        alphas_cumprod = alphas_cumprod.to(unet.device)
         self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         self.dtype = dtype
 
@@ -128,13 +130,13 @@ class PeerLoop:
         return alpha * x_0 + sigma * eps
 
     def loss(self, latents: Tensor, text: Tensor, uncond: Tensor, draw: Draws) -> Tensor:
-        t, t_prev, t_end = (torch.from_numpy(index) for index in (draw.t, draw.t_prev, draw.t_end))
+        t, t_prev, t_end = (torch.from_numpy(index).to(latents.device) for index in (draw.t, draw.t_prev, draw.t_end))
         alpha, sigma = self.at(t)
         x_t = alpha * latents + sigma * draw.noise
         m = self.network(self.student, x_t, t, text)
         prediction = self.jump(*self.origin_and_noise(m, t, x_t), t_end)
         with torch.no_grad():
-            w = torch.from_numpy(draw.guidance).float().view(-1, 1, 1, 1)
+            w = torch.from_numpy(draw.guidance).float().view(-1, 1, 1, 1).to(latents.device)
             x0_cond, eps_cond = self.origin_and_noise(self.network(self.teacher, x_t, t, text), t, x_t)
             m_uncond = self.network(self.teacher, x_t, t, uncond.expand_as(text))
             x0_uncond, eps_uncond = self.origin_and_noise(m_uncond, t, x_t)
@@ -168,8 +170,8 @@ def peer(unet: UNet2DConditionModel, dtype: torch.dtype, data: RandomLatents, st
         for network in (loop.student, loop.target):
             for name, parameter in adapter(network).items():
                 parameter.copy_(start[name])
-    uncond = data.uncond["encoder_hidden_states"]
-    return lambda number: loop.step(data.latents, data.text, uncond, draws(number, data.latents))
+    latents, text, uncond = (t.to(unet.device) for t in (data.latents, data.text, *data.uncond.values()))
+    return lambda number: loop.step(latents, text, uncond, draws(number, latents))
 
 
 def ours(
@@ -221,8 +223,14 @@ def initial_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     }
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The largest running sum of torch's CPU allocations while `run` runs."""
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+    """The largest running sum of torch's CPU allocations while `run` runs; on a GPU, above what was held before."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = run()
+        return torch.cuda.max_memory_allocated() - held
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     del kept
@@ -238,28 +246,34 @@ def measure(
     *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
 ) -> Iterable[list[Result]]:
     """Steps taken in turns: ours by the trainer as it ships, the peer's in between. At least 5, for 20 * seconds."""
-    if device != "cpu":
-        return
-    unet = random_unet()
+    unet = random_unet().to(device)
     data = RandomLatents(unet.config.cross_attention_dim)
     start = initial_adapter(unet)
     for dtype in dtypes:
-        yield _measure(unet, data, start, dtype, seconds)
+        yield _measure(unet, data, start, dtype, seconds, device)
 
 
 def _measure(
-    unet: UNet2DConditionModel, data: RandomLatents, start: dict[str, Tensor], dtype: torch.dtype, seconds: float
+    unet: UNet2DConditionModel,
+    data: RandomLatents,
+    start: dict[str, Tensor],
+    dtype: torch.dtype,
+    seconds: float,
+    device: str = "cpu",
 ) -> list[Result]:
     peer_step: Callable | None = peer(copy.deepcopy(unet), dtype, data, start)
     times: dict[str, list[float]] = {OURS: [], PEER: []}
     found: dict[str, list[tuple[float, float]]] = {OURS: [], PEER: []}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     mark = time.perf_counter()
 
     def after(number: int, loss: float) -> None:
         nonlocal mark
+        wait()
         times[OURS].append((time.perf_counter() - mark) * 1e6)
         begun = time.perf_counter()
         found[PEER].append(peer_step(number))  # type: ignore[misc]
+        wait()
         times[PEER].append((time.perf_counter() - begun) * 1e6)
         mark = time.perf_counter()
 
@@ -293,7 +307,7 @@ def _measure(
             # the first step of either side allocates and warms up
             row.p20, row.p50, row.p80 = percentiles(times[provider][1:])
             row.rounds = len(times[provider]) - 1
-            row.extra = {"peak_tensor_bytes": peak_bytes(run)}
+            row.extra = {"peak_tensor_bytes": peak_bytes(run, device)}
         rows.append(row)
     for row in rows:
         row.over_ours = round(row.p50 / rows[0].p50, 3) if row.p50 and rows[0].p50 else None

@@ -153,13 +153,23 @@ def _launch(tensors: tuple[Tensor | None, ...], coef: Tensor) -> Tensor:
             host[: len(values)] = values
         else:
             # Pageable host memory: staged, not waited for. For graph capture keep the table on the device.
-            pointer = coef.to(x.device, non_blocking=True).contiguous()
+            pointer = coef.to(x.device, non_blocking=True)
+            if pointer.stride(-1) != 1 and pointer.shape[-1] > 1:
+                pointer = pointer.contiguous()
         config = _rows.streaming_config("affine_step", _rows.arch(x), x.dtype, rows, width)
         block = config.blocks["BLOCK"]
         chunks = -(-width // block)
         with _rows.on_device(x):
             _affine_step_kernel[(rows * chunks,)](
-                *operands, work, pointer, *host, width, chunks, coef.shape[-1], BLOCK=block, num_warps=config.num_warps
+                *operands,
+                work,
+                pointer,
+                *host,
+                width,
+                chunks,
+                0 if pointer is None else pointer.stride(0),
+                BLOCK=block,
+                num_warps=config.num_warps,
             )
     return result if result is work else result.copy_(work)
 

@@ -82,7 +82,7 @@ def test_a_peer_that_fails_is_red_and_ours_may_not():
         raise RuntimeError("no such kernel")
 
     rows = providers(hypersd=sin, eager=sin, peer=fails)
-    assert rows["peer"].verdict == "red: it failed" and rows["peer"].p50 is None
+    assert rows["peer"].verdict == "red: it failed (no such kernel)" and rows["peer"].p50 is None
     with pytest.raises(RuntimeError, match="no such kernel"):
         providers(hypersd=fails, eager=sin)
 
@@ -183,3 +183,12 @@ def test_copies_share_one_compiled_function(monkeypatch):
     assert len(made) == 1
     assert len(peers.compiled(op, op.cases[0].inputs()).leaves) == 3 and len(made) == 2
     assert "max-autotune" not in peers.runners_for(op, inputs) and peers.autotuned(op, inputs) is None
+
+
+def test_torchs_attention_is_a_peer_that_runs():
+    op = OPS["attention"]
+    inputs = next(case for case in op.cases if case.name == "odd").inputs()
+    assert "flash" not in peers.runners_for(op, inputs)  # that one wants a GPU
+    found, expected = (harness.outputs(make(op, inputs), True) for make in (peers.sdpa(), peers.eager))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
