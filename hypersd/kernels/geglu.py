@@ -21,6 +21,7 @@ from torch import Tensor
 from hypersd.kernels import _rows
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
+from hypersd.kernels._tune import Config, Program, jit, tl
 
 
 def _case(name: str, *shape: int, bench: bool = True) -> Case:
@@ -66,6 +67,93 @@ def check(x: Tensor) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected an even last dimension: values, then gates")
 
 
+# --------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit(do_not_specialize=("chunks",))
+def _forward_kernel(x, y, width, chunks, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64)
+    inside = (program % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = inside < width
+    at = row * 2 * width + inside
+    value = tl.load(x + at, mask=mask).to(tl.float32)
+    gate = tl.load(x + at + width, mask=mask).to(tl.float32)
+    phi = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    tl.store(y + row * width + inside, (value * (gate * phi)).to(y.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=("chunks",))
+def _backward_kernel(x, dy, dx, width, chunks, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64)
+    inside = (program % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = inside < width
+    at = row * 2 * width + inside
+    value = tl.load(x + at, mask=mask).to(tl.float32)
+    gate = tl.load(x + at + width, mask=mask).to(tl.float32)
+    grad = tl.load(dy + row * width + inside, mask=mask).to(tl.float32)
+    phi = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    tl.store(dx + at, (grad * (gate * phi)).to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at + width, (grad * value * (phi + gate * density)).to(dx.dtype.element_ty), mask=mask)
+
+
+def _launch(kernel: Any, x: Tensor, *others: Tensor) -> None:
+    width = x.shape[-1] // 2
+    rows = x.numel() // (2 * width)
+    config = _rows.streaming_config("geglu", _rows.arch(x), x.dtype, rows, width)
+    chunks = -(-width // config.blocks["BLOCK"])
+    with _rows.on_device(x):
+        kernel[(rows * chunks,)](x, *others, width, chunks, **config.blocks, num_warps=config.num_warps)
+
+
+def _triton(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64 or not x.numel():  # kernels compute in float32
+        return _fallback(x)
+    y = _fake(x)
+    _launch(_forward_kernel, x.contiguous(), y)
+    return y
+
+
+def _triton_backward(dy: Tensor, x: Tensor) -> Tensor:
+    if x.dtype == torch.float64 or not x.numel():
+        return _reference_backward(dy, x)
+    x = x.contiguous()
+    dx = torch.empty_like(x)
+    _launch(_backward_kernel, x, dy.contiguous(), dx)
+    return dx
+
+
+def _config(x: Tensor) -> Config:
+    width = max(x.shape[-1] // 2, 1)
+    return _rows.streaming_config("geglu", _rows.arch(x), x.dtype, x.numel() // (2 * width), width)
+
+
+def _programs() -> list[Program]:
+    programs = []
+    for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float16, "*fp16"), (torch.float32, "*fp32")):
+        config = _rows.streaming_config("geglu", "sm90", dtype, 4096, 1280)
+        for name, kernel, tensors in (
+            ("forward", _forward_kernel, ("x", "y")),
+            ("backward", _backward_kernel, ("x", "dy", "dx")),
+        ):
+            signature = dict.fromkeys(tensors, pointer) | {"width": "i32", "chunks": "i32"}
+            programs.append(
+                Program(
+                    f"{name} {pointer[1:]}",
+                    kernel,
+                    signature,
+                    dict(config.blocks),
+                    config,
+                    divisible=(*tensors, "width"),
+                    streaming=True,
+                    max_registers=80,
+                )
+            )
+    return programs
+
+
 # ------------------------------------------------------------------------------------------------------ registration
 
 
@@ -92,6 +180,7 @@ BACKWARD = Op(
     "(Tensor dy, Tensor x) -> Tensor",
     reference=_reference_backward,
     fake=lambda dy, x: torch.empty_like(x, memory_format=torch.contiguous_format),
+    triton=_triton_backward,
     cpp=True,
 )
 
@@ -111,12 +200,15 @@ OP = Op(
     fallback=_fallback,
     fake=_fake,
     check=check,
+    triton=_triton,
     cpp=True,
     differentiable=("x",),
     backward=_backward,
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    config=_config,
+    programs=_programs,
 )
 
 
