@@ -240,7 +240,8 @@ def _triton_backward(
     dx, dweight, dbias = (out if want else None for out, want in zip(outputs, wanted, strict=True))
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     g = _group_norm.grid(x, num_groups, inside)
-    _group_norm.backward(x, _rows.matched(dy, x), dx, g, mean, rstd, weight, bias, dweight, dbias, silu)
+    dy = dy if dy.stride() == x.stride() else _empty_like(x).copy_(dy)
+    _group_norm.backward(x, dy, dx, g, mean, rstd, weight, bias, dweight, dbias, silu)
     return outputs
 
 
