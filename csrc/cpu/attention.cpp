@@ -6,9 +6,8 @@
 // every sum is fixed, whoever runs it.
 #include <cmath>
 #include <limits>
-#include <memory>
 
-#include "kernels.h"
+#include "attention.h"
 
 namespace hypersd {
 namespace {
@@ -21,11 +20,7 @@ struct Lanes {
 template <class C>
 using Vec = typename Lanes<C>::type;
 
-constexpr int kRows = 6;         // rows of a product computed at a time, against one or two vectors of columns
-constexpr int64_t kBlock = 48;   // queries at a time: a multiple of kRows
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
+constexpr int kRows = 6;  // rows of a product computed at a time, against one or two vectors of columns
 template <class C, int R, int J>
 HYPERSD_INLINE void micro(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
                           int64_t inner, bool accumulate) {
@@ -164,16 +159,6 @@ HYPERSD_INLINE void slope_rows(C* s, C* slopes, int64_t rows, int64_t keys, int6
   }
 }
 
-// One (batch, heads, tokens, dim) tensor.
-struct Heads {
-  View view;
-  explicit Heads(const Tensor& t) : view(t) {}
-  int64_t offset(int64_t head, int64_t token) const {
-    const int64_t b = head / view.size[1], h = head % view.size[1];
-    return b * view.stride[0] + h * view.stride[1] + token * view.stride[2];
-  }
-};
-
 template <class C>
 HYPERSD_INLINE void fetch(const Heads& t, int64_t head, int64_t token, C* HYPERSD_RESTRICT row, C* buffer) {
   const int64_t dim = t.view.size[3], stride = t.view.stride[3], offset = t.offset(head, token);
@@ -195,14 +180,6 @@ HYPERSD_INLINE void put(const Heads& t, int64_t head, int64_t token, const C* ro
     store<C>(t.view.data, t.view.type, at, count, out);
   }
 }
-
-struct Problem {
-  Heads q, k, v;
-  int64_t heads, queries, keys, dim;
-  double scale;
-  const Heads* out;                // forward
-  const Heads *dout, *dq, *dk, *dv;  // backward
-};
 
 // `count` tokens as rows of `ld`, times `factor`, zeros behind; and, if `across`, as columns of it.
 template <class C>
@@ -256,36 +233,26 @@ HYPERSD_INLINE void unpack_rows(const Heads& t, int64_t head, int64_t first, int
   HYPERSD_KERNEL(unpack_##C, (const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows,           \
                  int64_t ld, const C* factors, C factor, C* buffer),                                               \
                  (t, head, first, count, rows, ld, factors, factor, buffer))                                       \
-  void softmax(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {                                         \
-    softmax_##C(s, rows, keys, width, norm);                                                                       \
-  }                                                                                                                \
-  void slopes(C* s, C* ds, int64_t rows, int64_t keys, int64_t width) { slopes_##C(s, ds, rows, keys, width); }    \
   void pack(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld, C* across,  \
             int64_t across_ld, C* buffer) {                                                                        \
     pack_##C(t, head, first, count, factor, rows, ld, across, across_ld, buffer);                                  \
-  }                                                                                                                \
-  void unpack(const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows, int64_t ld,               \
-              const C* factors, C factor, C* buffer) {                                                             \
-    unpack_##C(t, head, first, count, rows, ld, factors, factor, buffer);                                          \
   }
 HYPERSD_FOR(float)
 HYPERSD_FOR(double)
 
-// Memory of one thread, cut into arrays that begin on whole vectors.
-template <class C>
-struct Scratch {
-  std::unique_ptr<C[]> memory;
-  C* next;
-  explicit Scratch(int64_t count) : memory(new C[count + 2 * Lanes<C>::count]) {
-    next = memory.get();
-    while (reinterpret_cast<uintptr_t>(next) % 64) ++next;
-  }
-  C* take(int64_t count) {
-    C* start = next;
-    next += padded(count, Lanes<C>::count);
-    return start;
-  }
-};
+void softmax(double* s, int64_t rows, int64_t keys, int64_t width, double* norm) {
+  softmax_double(s, rows, keys, width, norm);
+}
+void slopes(double* s, double* ds, int64_t rows, int64_t keys, int64_t width) {
+  slopes_double(s, ds, rows, keys, width);
+}
+void unpack(const Heads& t, int64_t head, int64_t first, int64_t count, const double* rows, int64_t ld,
+            const double* factors, double factor, double* buffer) {
+  unpack_double(t, head, first, count, rows, ld, factors, factor, buffer);
+}
+using hypersd::slopes;
+using hypersd::softmax;
+using hypersd::unpack;
 
 template <class C>
 void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
@@ -342,7 +309,7 @@ void backward_tasks(const Problem& p, int64_t begin, int64_t end) {
 }
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  Problem p{Heads(q), Heads(k), Heads(v), 0, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Problem p{Heads(q), Heads(k), Heads(v), 0, 0, 0, 0, 0};
   const View &a = p.q.view, &b = p.k.view;
   STD_TORCH_CHECK(q.is_cpu() && k.is_cpu() && v.is_cpu(), "attention: expected CPU tensors");
   STD_TORCH_CHECK(a.type != Type::other && b.type == a.type && p.v.view.type == a.type, "attention: dtypes differ");
@@ -367,17 +334,26 @@ void over_tasks(int64_t tasks, int64_t multiplications, const F& run) {
 
 }  // namespace
 
+void softmax(float* s, int64_t rows, int64_t keys, int64_t width, float* norm) {
+  softmax_float(s, rows, keys, width, norm);
+}
+void slopes(float* s, float* ds, int64_t rows, int64_t keys, int64_t width) { slopes_float(s, ds, rows, keys, width); }
+void unpack(const Heads& t, int64_t head, int64_t first, int64_t count, const float* rows, int64_t ld,
+            const float* factors, float factor, float* buffer) {
+  unpack_float(t, head, first, count, rows, ld, factors, factor, buffer);
+}
+
 Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale) {
   Problem p = problem(q, k, v, scale);
   Tensor result = torch::stable::empty_like(q);
   const Heads out(result);
   p.out = &out;
-  const bool wide = out.view.type == Type::float64;
+  const auto run = out.view.type == Type::float64                        ? forward_tasks<double>
+                   : out.view.type == Type::bfloat16 && has_bfloat16() ? forward_bfloat16
+                                                                       : forward_tasks<float>;
   if (p.keys == 0 && out.view.numel) return torch::stable::fill_(result, 0.0);
   const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
-  over_tasks(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) {
-    wide ? forward_tasks<double>(p, begin, end) : forward_tasks<float>(p, begin, end);
-  });
+  over_tasks(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) { run(p, begin, end); });
   return result;
 }
 
@@ -389,13 +365,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   STD_TORCH_CHECK(gradient.view.same_size(p.q.view) && gradient.view.type == p.q.view.type && dout.is_cpu(),
                   "attention: the gradient does not fit the output");
   p.dout = &gradient, p.dq = &dq, p.dk = &dk, p.dv = &dv;
-  const bool wide = dq.view.type == Type::float64;
+  const auto run = dq.view.type == Type::float64                        ? backward_tasks<double>
+                   : dq.view.type == Type::bfloat16 && has_bfloat16() ? backward_bfloat16
+                                                                      : backward_tasks<float>;
   if (p.keys == 0 || p.queries == 0) {
     for (Tensor& t : results) torch::stable::fill_(t, 0.0);
   } else {
-    over_tasks(p.heads, 5 * p.queries * p.keys * p.dim, [&](int64_t begin, int64_t end) {
-      wide ? backward_tasks<double>(p, begin, end) : backward_tasks<float>(p, begin, end);
-    });
+    over_tasks(p.heads, 5 * p.queries * p.keys * p.dim, [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
   return {results[0], results[1], results[2]};
 }
