@@ -55,9 +55,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
         "int pw, bool keep) -> (Tensor, Tensor)");
   m.def("_lora_rows_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float scale, int sh, "
         "int sw, int ph, int pw, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)");
-  m.def("_short_attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
-  m.def("_short_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, int heads, float scale) -> "
-        "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
@@ -66,8 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
   m.impl("_lora_rows_dtypes", TORCH_BOX(&hypersd::lora_rows_dtypes));
   m.impl("_lora_rows", TORCH_BOX(&hypersd::lora_rows));
   m.impl("_lora_rows_backward", TORCH_BOX(&hypersd::lora_rows_backward));
-  m.impl("_short_attention", TORCH_BOX(&hypersd::short_attention));
-  m.impl("_short_attention_backward", TORCH_BOX(&hypersd::short_attention_backward));
 }
 
 // A differentiable op is registered twice: with and (leading underscore) without autograd, see hypersd/kernels/_op.py.

@@ -104,7 +104,7 @@ class Trainer:
         torch.nn.Module.to(unet, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
         if on_cpu:
-            backbone.write_out_short_attention()
+            backbone.fuse()
         if train.gradient_checkpointing == "full":
             backbone.enable_gradient_checkpointing()
         elif train.gradient_checkpointing == "feed_forward":
