@@ -210,7 +210,7 @@ def check(
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one")
     for name, tensor in (("weight", weight), ("bias", bias), ("a", a), ("b", b)):
-        if tensor is not None and tensor.dtype != x.dtype and (tensor is not a and tensor is not b or not mixed(x, a, b)):
+        if tensor is not None and tensor.dtype != x.dtype and not (name in "ab" and mixed(x, a, b)):
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, x has {x.dtype}; cast one of them")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")

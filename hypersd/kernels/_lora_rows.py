@@ -1,7 +1,7 @@
 """lora_linear and lora_conv2d as one C++ product over rows of channels (csrc/cpu/lora.cpp), on CPUs with AVX-512.
 
-Base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. S = scale a x
-and dS = scale b^T dY are the only tensors in between. Adapters may be float32 beside a bfloat16 layer: no cast is needed.
+Base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
+S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ def takes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     if not _fits(tuple(weight.shape), a.shape[0], x.dtype.itemsize):
         return False
     return weight.dim() == 2 or is_last(x) or is_last(weight)
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *rest: object, **options: object) -> bool:
+    """`takes`, of a public function's arguments."""
+    return takes(x, weight, a)
 
 
 @cache

@@ -72,6 +72,7 @@ class Op:
     cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
     plan: Callable[..., object] | None = None
+    native: Callable[..., bool] | None = None
     elsewhere: Callable[..., str] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
@@ -279,6 +280,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     inputs: Mapping[str, Any] = bound.arguments
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device)
+    if implementation == "aten" and op.native and op.native(**inputs):
+        implementation, why = "cpp", "the kernel for cpu tensors of this dtype and layout"
     if op.is_elsewhere(**inputs):
         implementation, why = "torch", op.elsewhere(**inputs)  # type: ignore[misc]
     cost = op.cost(**inputs) if op.cost else None

@@ -348,6 +348,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     plan=_public_plan,
+    native=_lora_rows.native,
 )
 
 for _op in (OP, BACKWARD):

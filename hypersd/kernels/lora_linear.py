@@ -478,6 +478,7 @@ OP = Op(
     cost=cost,
     config=_triton_config,
     plan=_plan,
+    native=_lora_rows.native,
     programs=programs,
 )
 

@@ -95,8 +95,8 @@ def fuse(network: nn.Module) -> nn.Module:
 
     Residual blocks get GroupNorm + SiLU (those that resample inside or scale by the time embedding stay as they are),
     and so does the norm before the last convolution; the other GroupNorms and the GEGLU layers of feed-forward blocks
-    follow; transformers leave channels-last pictures as they lie. Outputs agree to rounding. Do it before or after Backbone wraps the network, with or without gradient
-    checkpointing, once or twice.
+    follow; transformers leave channels-last pictures as they lie. Outputs agree to rounding. Do it before or after
+    Backbone wraps the network, with or without gradient checkpointing, once or twice.
     """
     for module in network.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
