@@ -13,8 +13,8 @@ from hypersd.kernels import attention
 
 
 class FusedAttention:
-    """A processor for diffusers' Attention: softmax(q k^T / sqrt(d)) v by the operator; `otherwise` under a mask or on a
-    GPU."""
+    """A processor for diffusers' Attention: softmax(q k^T / sqrt(d)) v by the operator; masked, or on a GPU,
+    `otherwise`."""
 
     def __init__(self, otherwise: AttnProcessor2_0) -> None:
         self.otherwise = otherwise
