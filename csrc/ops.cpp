@@ -50,11 +50,19 @@ int set_isa(int level) {
 STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
   m.def("_native_isa(int level) -> int");  // see set_isa
   m.def("_native_hash() -> int");          // fingerprint of the sources this was built from
+  m.def("_lora_rows_dtypes() -> int");     // see lora_rows_dtypes
+  m.def("_lora_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, int sh, int sw, int ph, "
+        "int pw, bool keep) -> (Tensor, Tensor)");
+  m.def("_lora_rows_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float scale, int sh, "
+        "int sw, int ph, int pw, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
   m.impl("_native_isa", TORCH_BOX(&hypersd::native_isa));
   m.impl("_native_hash", TORCH_BOX(&hypersd::native_hash));
+  m.impl("_lora_rows_dtypes", TORCH_BOX(&hypersd::lora_rows_dtypes));
+  m.impl("_lora_rows", TORCH_BOX(&hypersd::lora_rows));
+  m.impl("_lora_rows_backward", TORCH_BOX(&hypersd::lora_rows_backward));
 }
 
 // A differentiable op is registered twice: with and (leading underscore) without autograd, see hypersd/kernels/_op.py.

@@ -99,14 +99,12 @@ class Trainer:
     def _wrap(self, unet: torch.nn.Module) -> Backbone:
         train, lora = self.recipe.train, self.recipe.lora
         dtype = getattr(torch, train.dtype)
-        # in 16 bit, group norm of channels-last tensors takes nine times as long on a CPU, fused attention six times
-        narrow_cpu = dtype.itemsize == 2 and next(unet.parameters()).device.type == "cpu"
-        layout = torch.contiguous_format if narrow_cpu else torch.channels_last
+        on_cpu = next(unet.parameters()).device.type == "cpu"
         # not unet.to(): that of diffusers warns about every cast
-        torch.nn.Module.to(unet, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+        torch.nn.Module.to(unet, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
-        if narrow_cpu:
-            backbone.write_out_short_attention()
+        if on_cpu:
+            backbone.fuse()
         if train.gradient_checkpointing == "full":
             backbone.enable_gradient_checkpointing()
         elif train.gradient_checkpointing == "feed_forward":

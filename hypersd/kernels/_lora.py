@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypersd.kernels import _lora_rows
 from hypersd.kernels._op import Op
 from hypersd.kernels._tune import CONFIGS
 
@@ -209,7 +210,7 @@ def check(
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one")
     for name, tensor in (("weight", weight), ("bias", bias), ("a", a), ("b", b)):
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype and not (name in "ab" and mixed(x, a, b)):
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, x has {x.dtype}; cast one of them")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
@@ -219,6 +220,11 @@ def check(
         raise ValueError(f"{op}: scale has shape {tuple(scale_tensor.shape)}, expected a float or a 0-d tensor")
 
 
+def mixed(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the adapter's dtypes are ones that the C++ kernel takes beside x."""
+    return all(t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype == torch.bfloat16) for t in (a, b))
+
+
 def arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None]:
@@ -226,10 +232,9 @@ def arguments(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if a.dtype != x.dtype:
-        a = a.to(x.dtype)
-    if b.dtype != x.dtype:
-        b = b.to(x.dtype)
+    if a.dtype != x.dtype or b.dtype != x.dtype:
+        if torch.compiler.is_compiling() or not (mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
+            a, b = a.to(x.dtype), b.to(x.dtype)
     if isinstance(scale, Tensor):
         return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)
     return x, weight, bias, a, b, float(scale), None

@@ -72,6 +72,7 @@ class Op:
     cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
     plan: Callable[..., object] | None = None
+    native: Callable[..., bool] | None = None
     elsewhere: Callable[..., str] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
@@ -90,14 +91,15 @@ class Op:
             backward, once = self.backward, once_differentiable(self.backward)
 
             def run_backward(ctx: Any, *grads: Any) -> Any:
-                return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+                return once(ctx, *grads) if _is_grad_enabled() else backward(ctx, *grads)
 
             torch.library.register_autograd(
                 f"hypersd::{self.name}", run_backward, setup_context=self.setup_context, lib=LIBRARY
             )
-            self._node = _make_node(self, run_backward)
         LIBRARY.impl(names[-1], torch.library.fallthrough_kernel, "Autograd")
         self.compiled = getattr(torch.ops.hypersd, self.name).default
+        if self.backward:
+            self._node = _make_node(self, run_backward)
         arguments = [argument.name for argument in self.compiled._schema.arguments]
         written = [i for i, a in enumerate(self.compiled._schema.arguments) if a.alias_info and a.alias_info.is_write]
         self.mutated = tuple(arguments[i] for i in written)
@@ -120,13 +122,11 @@ class Op:
         if _forced != "auto":
             return self._run_forced(*args)
         try:
-            run = self.raw
             if _is_grad_enabled():
                 for index in self._leaves:
                     if args[index] is not None and args[index].requires_grad:
-                        run = self._node.apply
-                        break
-            output = run(*args)
+                        return self._node.apply(*args)
+            output = self.raw(*args)
             return self.result(output) if self.result else output
         except (RuntimeError, AttributeError):
             self.check(*args)  # C++ knows only RuntimeError: say it with the argument's name where we can
@@ -148,7 +148,7 @@ class Op:
         if reason:
             raise RuntimeError(f"use({_forced!r}): {self.name} cannot run so on {device}: {reason}")
         if self.backward and _is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._take(self._node.apply(*args))
+            return self._node.apply(*args)
         return self._take(self.run(*args))
 
     def run(self, *args: Any) -> Any:
@@ -212,14 +212,19 @@ def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
 
 
 def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The eager call's node. What an op returns for its backward alone is saved, but no output: each costs a wrapping."""
+    absent = (None,) * (len(op.compiled._schema.returns) - 1) if op.result else ()
+
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = op.run(*args)
             op.setup_context(ctx, args, output)  # type: ignore[misc]
-            return output
+            return op.result(output) if op.result else output
 
-        backward = staticmethod(run_backward)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return run_backward(ctx, *grads, *absent)
 
     Node.__name__ = Node.__qualname__ = op.name
     return Node
@@ -279,6 +284,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     inputs: Mapping[str, Any] = bound.arguments
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device)
+    if implementation == "aten" and op.native and op.native(**inputs):
+        implementation, why = "cpp", "the kernel for cpu tensors of this dtype and layout"
     if op.is_elsewhere(**inputs):
         implementation, why = "torch", op.elsewhere(**inputs)  # type: ignore[misc]
     cost = op.cost(**inputs) if op.cost else None

@@ -245,11 +245,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (coef,) = ctx.saved_tensors
-    x, eps_cond, _, eps_uncond, history, noise = ctx.needs_input_grad
     # d out / d tensor_j = k_j; the coefficients are constants
-    grads = iter(BACKWARD.run(grad, coef, x | eps_cond << 1 | eps_uncond << 2 | history << 3 | noise << 4))
-    return tuple(next(grads) if needed else None for needed in (x, eps_cond, False, eps_uncond, history, noise))
+    x, eps_cond, _, eps_uncond, history, noise = ctx.needs_input_grad
+    needed = x | eps_cond << 1 | eps_uncond << 2 | history << 3 | noise << 4
+    grads = BACKWARD.run(grad, ctx.saved_tensors[0], needed)
+    if needed == 3:
+        return *grads, None, None, None, None
+    found = iter(grads)
+    return tuple([next(found) if need else None for need in ctx.needs_input_grad])
 
 
 OP = Op(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora
+from hypersd.kernels import _lora, _lora_rows
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 
@@ -111,13 +111,9 @@ def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int])
     return [x.shape[0], weight.shape[0], *spatial]
 
 
-def _is_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """channels_last where x or the weight is, as torch's convolution has it."""
-    return torch.channels_last if _is_last(x) or _is_last(weight) else torch.contiguous_format
+    return torch.channels_last if _lora_rows.is_last(x) or _lora_rows.is_last(weight) else torch.contiguous_format
 
 
 def _sizes(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> tuple[int, int, int, int]:
@@ -204,6 +200,8 @@ def _forms(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
     stride: list[int], padding: list[int], keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if _lora_rows.takes(x, weight, a):
+        return _lora_rows.forward(x, weight, bias, a, b, scale, scale_tensor, stride, padding, keep)
     sizes = _sizes(x, weight, a, stride, padding)
     form = _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, keep)
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
@@ -227,6 +225,9 @@ def _forms_backward(
     need_x: bool,
     need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _lora_rows.takes(x, weight, a):
+        rest = scale, scale_tensor, stride, padding, need_x, need_adapter
+        return _lora_rows.backward(dy, x, s, weight, a, b, *rest)
     chosen = _plan(x, weight, a, stride, padding, need_x, need_adapter)
     bs = _lora.scaled(b, scale, scale_tensor)
     ds = None
@@ -281,6 +282,8 @@ def _fake(
     batch, out, height, width = _out_shape(x, weight, stride, padding)
     layout = _layout(x, weight)
     y = x.new_empty(batch, out, height, width).contiguous(memory_format=layout)
+    if keep and _lora_rows.takes(x, weight, a):
+        return y, x.new_empty(batch * height * width, a.shape[0])
     s = x.new_empty(batch, a.shape[0], height, width).contiguous(memory_format=layout) if keep else x.new_empty(0)
     return y, s
 
@@ -345,6 +348,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     plan=_public_plan,
+    native=_lora_rows.native,
 )
 
 for _op in (OP, BACKWARD):
@@ -382,4 +386,6 @@ def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
     """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
     if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or min(stride) < 1:
         return False  # the check has a word for it
+    if _lora_rows.takes(x, weight, a):
+        return True
     return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad == "thin"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora
+from hypersd.kernels import _lora, _lora_rows
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import on_device
@@ -140,6 +140,8 @@ def _forms(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if _lora_rows.takes(x, weight, a):
+        return _lora_rows.forward(x, weight, bias, a, b, scale, scale_tensor, (1, 1), (0, 0), keep)
     n, k = weight.shape
     rows = x.reshape(-1, k)
     form = _lora.forward_form("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type, keep)
@@ -154,6 +156,9 @@ def _forms_backward(
     dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
     need_x: bool, need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _lora_rows.takes(x, weight, a):
+        rest = scale, scale_tensor, (1, 1), (0, 0), need_x, need_adapter
+        return _lora_rows.backward(dy, x, s, weight, a, b, *rest)
     n, k = weight.shape
     rows, dy = x.reshape(-1, k), dy.reshape(-1, n)
     chosen = _lora.plan("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type, need_x, need_adapter)
@@ -473,6 +478,7 @@ OP = Op(
     cost=cost,
     config=_triton_config,
     plan=_plan,
+    native=_lora_rows.native,
     programs=programs,
 )
 
@@ -499,6 +505,8 @@ def _keep(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     """Whether forward hands S = x a^T on to backward: where dA and dB will be taken from it."""
     if weight.dim() != 2 or not x.dim() or not a.dim():
         return False  # the check has a word for it
+    if _lora_rows.takes(x, weight, a):
+        return True
     m, need_x = x.shape[:-1].numel(), x.requires_grad
     chosen = _lora.plan("lora_linear", m, *reversed(weight.shape), a.shape[0], x.dtype, x.device.type, need_x, True)
     return chosen.adapter_grad == "thin"

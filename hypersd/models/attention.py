@@ -1,22 +1,20 @@
-"""Attention of short sequences on a CPU: plain products, where torch's fused kernel is slow.
-
-At 64 queries and 16 to 64 keys the fused CPU kernel takes 1.3 times as long in float32 and, with its backward, up to
-six times as long in bfloat16. Longer sequences, GPUs and unusual layers keep the processor that they have.
+"""Attention of a diffusers network by the fused operator, on CPUs: torch's own takes up to six times as long there for
+the short sequences of a small latent, and its backward in 16 bit. GPUs and unusual layers keep their processor.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-SHORT = 64 * 64  # queries times keys; the products hold that many weights for each head
+from hypersd.kernels import attention
 
 
-class ShortAttention:
-    """A processor for diffusers' Attention: softmax(q k^T / sqrt(d)) v written out where short, else `otherwise`."""
+class FusedAttention:
+    """A processor for diffusers' Attention: softmax(q k^T / sqrt(d)) v by the operator; masked, or on a GPU,
+    `otherwise`."""
 
     def __init__(self, otherwise: AttnProcessor2_0) -> None:
         self.otherwise = otherwise
@@ -31,27 +29,19 @@ class ShortAttention:
         **kwargs: Any,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None or not self.is_short(hidden_states, context):
+        if attention_mask is not None or hidden_states.device.type != "cpu" or hidden_states.dim() != 3:
             return self.otherwise(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        batch, queries, _ = hidden_states.shape
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
 
-        def heads(t: Tensor) -> Tensor:  # (batch, tokens, heads * d) -> (batch * heads, tokens, d)
-            return t.unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1)
+        def heads(t: Tensor) -> Tensor:  # (batch, tokens, heads * d) -> (batch, heads, tokens, d)
+            return t.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(q), heads(k), heads(v)
-        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-        out = torch.bmm(scores.softmax(-1), v)
-        out = out.unflatten(0, (batch, attn.heads)).transpose(1, 2).reshape(batch, queries, -1)
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        out = attention(q, k, v).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
-
-    @staticmethod
-    def is_short(x: Tensor, context: Tensor) -> bool:
-        return x.device.type == "cpu" and x.dim() == 3 and x.shape[1] * context.shape[1] <= SHORT
 
 
 def install(network: nn.Module) -> None:
-    """Put ShortAttention around the processors of the layers that it can compute."""
+    """Put FusedAttention around the processors of the layers that it can compute."""
     for attn in _attentions(network):
         plain = (
             attn.spatial_norm is None
@@ -63,13 +53,13 @@ def install(network: nn.Module) -> None:
             and attn.rescale_output_factor == 1.0
         )
         if plain and type(attn.processor) is AttnProcessor2_0:
-            attn.processor = ShortAttention(attn.processor)
+            attn.processor = FusedAttention(attn.processor)
 
 
 def remove(network: nn.Module) -> None:
     """Undo `install`."""
     for attn in _attentions(network):
-        if isinstance(attn.processor, ShortAttention):
+        if isinstance(attn.processor, FusedAttention):
             attn.processor = attn.processor.otherwise
 
 

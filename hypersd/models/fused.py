@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from hypersd.kernels import geglu, group_norm_silu
@@ -60,12 +62,31 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
 
 
+class FusedTransformer2DModel(Transformer2DModel):
+    """Tokens become a picture again without being moved: they are its pixels, channels last."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if not residual.is_contiguous(memory_format=torch.channels_last):
+            plain = super()._get_output_for_continuous_inputs
+            return plain(hidden_states, residual, batch_size, height, width, inner_dim)
+
+        def picture(tokens: Tensor) -> Tensor:
+            return tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+
+        if self.use_linear_projection:
+            return picture(self.proj_out(hidden_states)) + residual
+        return self.proj_out(picture(hidden_states)) + residual
+
+
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedGroupNorm: nn.GroupNorm,
     FusedGroupNormSiLU: nn.GroupNorm,
     Applied: nn.SiLU,
     FusedGEGLU: GEGLU,
     FusedResnetBlock2D: ResnetBlock2D,
+    FusedTransformer2DModel: Transformer2DModel,
 }
 
 
@@ -74,8 +95,8 @@ def fuse(network: nn.Module) -> nn.Module:
 
     Residual blocks get GroupNorm + SiLU (those that resample inside or scale by the time embedding stay as they are),
     and so does the norm before the last convolution; the other GroupNorms and the GEGLU layers of feed-forward blocks
-    follow. Outputs agree to rounding. Do it before or after Backbone wraps the network, with or without gradient
-    checkpointing, once or twice.
+    follow; transformers leave channels-last pictures as they lie. Outputs agree to rounding. Do it before or after
+    Backbone wraps the network, with or without gradient checkpointing, once or twice.
     """
     for module in network.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
@@ -89,6 +110,8 @@ def fuse(network: nn.Module) -> nn.Module:
             module.__class__ = FusedGroupNorm
         elif type(module) is GEGLU:
             module.__class__ = FusedGEGLU
+        elif type(module) is Transformer2DModel:
+            module.__class__ = FusedTransformer2DModel
     return network
 
 

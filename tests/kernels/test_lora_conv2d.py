@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, lora_conv2d, lora_linear, use
+from hypersd.kernels import _lora, _lora_rows, lora_conv2d, lora_linear, use
 
 LAST = torch.channels_last
 
@@ -43,6 +43,7 @@ def gradients(inputs: dict, stride: int, scale: float | Tensor = 0.7) -> tuple[T
 @pytest.fixture
 def take(monkeypatch):
     def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
+        monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
         monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
         plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
         monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)

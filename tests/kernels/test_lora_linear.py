@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, explain, lora_linear, use
+from hypersd.kernels import _lora, _lora_rows, explain, lora_linear, use
 
 op_file = importlib.import_module("hypersd.kernels.lora_linear")
 FORMS = ("split", "accumulate", "fold")
@@ -44,6 +44,7 @@ def take(monkeypatch):
     """Force a form of each of y, dX and (dA, dB)."""
 
     def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
+        monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
         monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
         plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
         monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)
@@ -236,8 +237,9 @@ def test_16_bit_rules(sizes):
     assert _lora.plan("lora_linear", *sizes, torch.float16, "cpu").adapter_grad == "thin"
 
 
-def test_explain_shows_the_forms():
+def test_explain_shows_the_forms(monkeypatch):
     case = op_file.CASES[0].inputs()
+    monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
     said = str(explain(lora_linear, **case))
     chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, "cpu")
     assert "lora_linear on cpu: aten" in said

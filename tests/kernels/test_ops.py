@@ -21,7 +21,7 @@ DTYPES = (torch.float32, *HALF)
 def implementations(op: Op, device: str) -> tuple[str, ...]:
     """What can run there, for the `implementation` fixture."""
     if device == "cpu":
-        return (*_native.ISA_LEVELS, "fallback") if op.cpp else ("fallback",)
+        return (*_native.ISA_LEVELS, "fallback") if op.cpp or op.native else ("fallback",)
     return ("auto", "triton", "fallback") if op.triton else ("auto",)
 
 

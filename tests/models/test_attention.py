@@ -1,4 +1,4 @@
-"""Short attention written out equals diffusers' processor, in value and gradient, and only where it is meant."""
+"""Attention by the operator equals diffusers' processor, in value and gradient, and only where it is meant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_equals_the_fused_kernel(cross):
     plain = attn(x, text)
     (expected,) = torch.autograd.grad(plain, x, upstream)
     attention.install(attn)
-    assert isinstance(attn.processor, attention.ShortAttention)
+    assert isinstance(attn.processor, attention.FusedAttention)
     y = attn(x, text)
     assert not torch.equal(y, plain)  # another order of the same sums: it did run
     torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
@@ -33,15 +33,14 @@ def test_equals_the_fused_kernel(cross):
     assert type(attn.processor) is AttnProcessor2_0
 
 
-def test_long_sequences_and_masks_go_to_the_fused_kernel(monkeypatch):
+def test_masks_go_to_the_fused_kernel_of_torch():
     attn = layer()
     attention.install(attn)
-    monkeypatch.setattr(attention, "SHORT", 9 * 8)
-    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    x = torch.randn(2, 8, 24, dtype=torch.float64)
     mask = torch.zeros(2, 1, 8, dtype=torch.float64)
-    found = attn(x), attn(x[:, :8], attention_mask=mask)
+    found = attn(x, attention_mask=mask)
     attention.remove(attn)
-    assert torch.equal(found[0], attn(x)) and torch.equal(found[1], attn(x[:, :8], attention_mask=mask))
+    assert torch.equal(found, attn(x, attention_mask=mask))
 
 
 def test_unusual_layers_are_left_alone():

@@ -1,0 +1,426 @@
+// A linear layer or convolution with a low-rank update, and its backward, each summed in float32 and rounded once:
+//
+//   S  = scale conv(x, a)            y  = bias + conv1x1(S, b) + conv(x, W)
+//   dS = scale conv1x1^T(dy, b)      dx = conv^T(dS, a) + conv^T(dy, W)      da = dS^T x      db = dy^T S
+//
+// A linear layer is a convolution of 1 x 1 pixels. Pixels are rows of channels (channels last), so that a convolution is
+// a product whose left rows are gathered: nothing is unfolded. The adapter may be float32 beside bfloat16 weights.
+#include <cstdlib>
+#include <vector>
+
+#include "kernels.h"
+#include "products.h"
+
+namespace hypersd {
+namespace {
+
+#if HYPERSD_PRODUCTS
+
+// Memory that a thread keeps from call to call, in pieces: fresh pages cost more than packing into them.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    static thread_local Kept kept;
+    memory_ = &kept;
+    if (kept.size < bytes || kept.size > kLimit) {
+      std::free(kept.data);
+      kept.size = bytes;
+      kept.data = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      STD_TORCH_CHECK(kept.data, "lora: no memory for ", bytes, " bytes of scratch");
+    }
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory_->data + used_);
+    used_ += room<T>(count);
+    return piece;
+  }
+  template <class T>
+  static size_t room(int64_t count) { return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64; }
+
+ private:
+  static constexpr size_t kLimit = size_t{16} << 20;
+  struct Kept {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Kept() { std::free(data); }
+  };
+  Kept* memory_;
+  size_t used_ = 0;
+};
+
+// What surrounds the channels of a convolution; a linear layer is its rows as a batch of single pixels.
+struct Shape {
+  int64_t batch, in_h, in_w, out_h, out_w, kh, kw, sh, sw, ph, pw, in, out, rank;
+
+  int64_t taps() const { return kh * kw; }
+  int64_t sources() const { return batch * in_h * in_w; }
+  int64_t results() const { return batch * out_h * out_w; }
+
+  // Input pixel that output pixel m reads at a tap; -1 outside the picture.
+  int64_t source(int64_t m, int64_t tap) const {
+    const int64_t ox = m % out_w, oy = m / out_w % out_h, n = m / (out_w * out_h);
+    const int64_t iy = oy * sh - ph + tap / kw, ix = ox * sw - pw + tap % kw;
+    return iy < 0 || iy >= in_h || ix < 0 || ix >= in_w ? -1 : (n * in_h + iy) * in_w + ix;
+  }
+  // Output pixel that reads input pixel p at a tap; -1 if none does.
+  int64_t reader(int64_t p, int64_t tap) const {
+    const int64_t ix = p % in_w, iy = p / in_w % in_h, n = p / (in_w * in_h);
+    const int64_t y = iy + ph - tap / kw, x = ix + pw - tap % kw;
+    if (y < 0 || x < 0 || y % sh || x % sw || y / sh >= out_h || x / sw >= out_w) return -1;
+    return (n * out_h + y / sh) * out_w + x / sw;
+  }
+};
+
+Shape shape_of(const View& x, const View& w, int64_t rank, int64_t sh, int64_t sw, int64_t ph, int64_t pw) {
+  const int64_t in = w.size[1], out = w.size[0];
+  if (w.dim == 2) return {in ? x.numel / in : 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, in, out, rank};
+  Shape s{x.size[0], x.size[2], x.size[3], 0, 0, w.size[2], w.size[3], sh, sw, ph, pw, in, out, rank};
+  s.out_h = (s.in_h + 2 * s.ph - s.kh) / s.sh + 1;
+  s.out_w = (s.in_w + 2 * s.pw - s.kw) / s.sw + 1;
+  return s;
+}
+
+// A weight (out, in[, kh, kw]) at one tap as B[k][column]: columns are outputs, or (transposed) inputs.
+Matrix tap_of(const View& w, const Shape& s, int64_t tap, bool transposed) {
+  const int64_t item = w.type == Type::float32 ? 4 : 2;
+  const int64_t offset = w.dim == 4 ? tap / s.kw * w.stride[2] + tap % s.kw * w.stride[3] : 0;
+  const char* data = w.data + offset * item;
+  if (transposed) return {data, w.type, w.stride[0], w.stride[1], w.size[0]};
+  return {data, w.type, w.stride[1], w.stride[0], w.size[1]};
+}
+
+// Runs task(first, count) over blocks of rows, in parallel where there is work for more than one thread.
+template <class F>
+void over_blocks(int64_t rows, int64_t flops_of_row, const F& task) {
+  const int64_t groups = (rows + kGroup - 1) / kGroup, grain = 3000000 / (flops_of_row * kGroup + 1) + 1;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const int64_t last = end * kGroup < rows ? end * kGroup : rows;
+    for (int64_t m = begin * kGroup; m < last; m += kBlock) task(m, last - m < kBlock ? last - m : kBlock);
+  };
+  if (groups > grain) torch::stable::parallel_for(0, groups, grain, run);
+  else run(0, groups);
+}
+
+const char* zeros(int64_t bytes) {
+  static thread_local std::vector<char> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes) memory.assign(bytes, 0);
+  return memory.data();
+}
+
+template <class E>
+void widen_bias(const std::optional<Tensor>& bias, int64_t count, float* out) {
+  std::memset(out, 0, sizeof(float) * padded(count));
+  if (!bias) return;
+  const View view(*bias);
+  const auto* from = reinterpret_cast<const typename E::Element*>(view.data);
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = bits_to_float(converted<Float32>(from[i * view.stride[0]]));
+}
+
+template <class E>
+void forward(const Shape& s, const View& x, const View& w, const std::optional<Tensor>& bias, const View& a,
+             const View& b, float scale, char* y, char* kept) {
+  constexpr int64_t item = sizeof(typename E::Element);
+  const int64_t taps = s.taps(), rows = s.results();
+  std::vector<Matrix> narrow, wide{{b.data, b.type, b.stride[1], b.stride[0], s.rank}};
+  for (int64_t t = 0; t < taps; ++t) {
+    narrow.push_back(tap_of(a, s, t, false));
+    wide.push_back(tap_of(w, s, t, false));
+  }
+  const int64_t narrow_size = packed_size<E>(narrow.data(), taps, s.rank);
+  const int64_t wide_size = packed_size<E>(wide.data(), taps + 1, s.out);
+  Scratch scratch(Scratch::room<int32_t>(narrow_size) + Scratch::room<int32_t>(wide_size) +
+                  Scratch::room<float>(padded(s.out)));
+  int32_t* const packed_a = scratch.take<int32_t>(narrow_size);
+  int32_t* const packed_w = scratch.take<int32_t>(wide_size);
+  float* const start = scratch.take<float>(padded(s.out));
+  pack<E>(narrow.data(), taps, s.rank, packed_a);
+  pack<E>(wide.data(), taps + 1, s.out, packed_w);
+  widen_bias<E>(bias, s.out, start);
+  const char* const zero = zeros(s.in * item);
+  const int64_t units = units_of<E>(narrow[0]), narrow_units = units_of<E>(wide[0]);
+
+  over_blocks(rows, 2 * (taps * s.in + s.rank) * s.out, [&](int64_t first, int64_t count) {
+    std::vector<const char*> gathered(taps * kBlock);
+    std::vector<Segment> segments(taps + 1);
+    char* narrow_rows[kBlock];
+    char* out[kBlock];
+    std::vector<char> local(kept ? 0 : kBlock * s.rank * item);
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = y + (first + i) * s.out * item;
+      narrow_rows[i] = kept ? kept + (first + i) * s.rank * item : local.data() + i * s.rank * item;
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = s.source(first + i, t);
+        gathered[t * kBlock + i] = from < 0 ? zero : x.data + from * s.in * item;
+      }
+      segments[t + 1] = {gathered.data() + t * kBlock, units, 4};
+    }
+    segments[0] = {narrow_rows, narrow_units, 4};
+    multiply<E>(segments.data() + 1, taps, count, zero, packed_a, s.rank, nullptr, narrow_rows, scale);
+    multiply<E>(segments.data(), taps + 1, count, zero, packed_w, s.out, start, out, 1.0f);
+  });
+}
+
+// rows (count, columns) of elements as units of the row dimension: [ceil(count / per)][columns].
+template <class E>
+HYPERSD_AVX512 void interleave(const char* const* rows, int64_t count, int64_t columns, int64_t column, const char* zero,
+                               int64_t width, int32_t* HYPERSD_RESTRICT out) {
+  using T = typename E::Element;
+  for (int64_t m = 0; m < count; m += E::per, out += width) {
+    const T* HYPERSD_RESTRICT low = reinterpret_cast<const T*>(rows[m]) + column;
+    if (E::per == 1) {
+      std::memcpy(out, low, 4 * columns);
+    } else {
+      const T* HYPERSD_RESTRICT high = reinterpret_cast<const T*>(m + 1 < count ? rows[m + 1] : zero) + column;
+      for (int64_t j = 0; j < columns; ++j)
+        out[j] = static_cast<int32_t>(converted<E>(low[j]) | converted<E>(high[j]) << 16);
+    }
+    for (int64_t j = columns; j < width; ++j) out[j] = 0;
+  }
+}
+
+void store_grad(const View& out, int64_t offset, float value) {
+  if (out.type == Type::float32) reinterpret_cast<float*>(out.data)[offset] = value;
+  else reinterpret_cast<uint16_t*>(out.data)[offset] = to_bfloat16(value);
+}
+
+// out[i][j] = sum over rows m of left[m][i] right[m][j], 64 columns j from `column` on: rows in chunks, each summed on its
+// own. `left` is interleaved, [units][rank]; right_row(m) finds the rows of the right side. Ends in store(i, j, value).
+template <class E, class Rows, class Store>
+void outer(const int32_t* left, int64_t rank, int64_t rows, int64_t column, int64_t columns, const char* zero,
+           const Rows& right_row, const Store& store) {
+  constexpr int64_t chunk = 64 * E::per;
+  alignas(64) int32_t right[64 * kPanel];
+  std::vector<float> total(rank * kPanel);
+  std::vector<char*> totals(rank);
+  std::vector<const char*> lefts(rank);
+  const char* found[chunk];
+  for (int64_t i = 0; i < rank; ++i) totals[i] = reinterpret_cast<char*>(total.data() + i * kPanel);
+  for (int64_t m = 0; m < rows; m += chunk) {
+    const int64_t count = rows - m < chunk ? rows - m : chunk, units = (count + E::per - 1) / E::per;
+    for (int64_t i = 0; i < count; ++i) found[i] = right_row(m + i);
+    interleave<E>(found, count, columns, column, zero, padded(columns), right);
+    for (int64_t i = 0; i < rank; ++i) lefts[i] = reinterpret_cast<const char*>(left + m / E::per * rank + i);
+    const Segment segment{lefts.data(), units, 4 * rank};
+    multiply<E>(&segment, 1, rank, nullptr, right, columns, nullptr, totals.data(), 1.0f, true);
+  }
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < columns; ++j) store(i, column + j, total[i * kPanel + j]);
+}
+
+template <class E>
+void backward(const Shape& s, const View& dy, const View& x, const char* kept, const View& w, const View& a,
+              const View& b, float scale, char* dx, const View* da, const View* db) {
+  constexpr int64_t item = sizeof(typename E::Element);
+  const int64_t taps = s.taps(), rows = s.results();
+  const Matrix shrink{b.data, b.type, b.stride[0], b.stride[1], s.out};
+  std::vector<Matrix> narrow, wide;
+  for (int64_t t = 0; t < taps; ++t) {
+    narrow.push_back(tap_of(a, s, t, false));
+    wide.push_back(tap_of(a, s, t, true));
+    wide.push_back(tap_of(w, s, t, true));
+  }
+  const bool again = da && !kept;  // S = conv(x, a) was not kept
+  const int64_t shrink_size = packed_size<E>(&shrink, 1, s.rank);
+  const int64_t narrow_size = again ? packed_size<E>(narrow.data(), taps, s.rank) : 0;
+  const int64_t wide_size = dx ? packed_size<E>(wide.data(), 2 * taps, s.in) : 0;
+  const int64_t narrow_rows_size = rows * s.rank, pairs = (rows + 1) / 2 * s.rank;
+  const bool paired = da && E::per == 2;
+  Scratch scratch(Scratch::room<int32_t>(shrink_size) + Scratch::room<int32_t>(narrow_size) +
+                  Scratch::room<int32_t>(wide_size) + 2 * Scratch::room<int32_t>(narrow_rows_size) +
+                  2 * Scratch::room<int32_t>(pairs));
+  int32_t* const packed_b = scratch.take<int32_t>(shrink_size);
+  int32_t* const packed_a = scratch.take<int32_t>(narrow_size);
+  int32_t* const packed_w = scratch.take<int32_t>(wide_size);
+  char* const ds = reinterpret_cast<char*>(scratch.take<int32_t>(narrow_rows_size));
+  char* const computed = reinterpret_cast<char*>(scratch.take<int32_t>(narrow_rows_size));
+  int32_t* ds_units = scratch.take<int32_t>(pairs);
+  int32_t* s_units = scratch.take<int32_t>(pairs);
+  if (!paired) {
+    ds_units = reinterpret_cast<int32_t*>(ds);
+    s_units = reinterpret_cast<int32_t*>(kept ? const_cast<char*>(kept) : computed);
+  }
+  pack<E>(&shrink, 1, s.rank, packed_b);
+  if (again) pack<E>(narrow.data(), taps, s.rank, packed_a);
+  if (dx) pack<E>(wide.data(), 2 * taps, s.in, packed_w);
+  const int64_t widest = s.in > s.out ? s.in : s.out;
+  const char* const zero = zeros((widest > s.rank ? widest : s.rank) * item);
+
+  over_blocks(rows, 2 * s.rank * (s.out + (again ? taps * s.in : 0)), [&](int64_t first, int64_t count) {
+    const char* left[kBlock];
+    char* ds_rows[kBlock];
+    char* s_rows[kBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      left[i] = dy.data + (first + i) * s.out * item;
+      ds_rows[i] = ds + (first + i) * s.rank * item;
+      s_rows[i] = (kept ? const_cast<char*>(kept) : computed) + (first + i) * s.rank * item;
+    }
+    const Segment of_dy{left, units_of<E>(shrink), 4};
+    multiply<E>(&of_dy, 1, count, zero, packed_b, s.rank, nullptr, ds_rows, scale);
+    if (again) {
+      std::vector<const char*> gathered(taps * kBlock);
+      std::vector<Segment> segments(taps);
+      for (int64_t t = 0; t < taps; ++t) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t from = s.source(first + i, t);
+          gathered[t * kBlock + i] = from < 0 ? zero : x.data + from * s.in * item;
+        }
+        segments[t] = {gathered.data() + t * kBlock, units_of<E>(narrow[t]), 4};
+      }
+      multiply<E>(segments.data(), taps, count, zero, packed_a, s.rank, nullptr, s_rows, scale);
+    }
+    if (paired) {
+      interleave<E>(ds_rows, count, s.rank, 0, zero, s.rank, ds_units + first / 2 * s.rank);
+      interleave<E>(s_rows, count, s.rank, 0, zero, s.rank, s_units + first / 2 * s.rank);
+    }
+  });
+
+  if (dx) {
+    // Under a stride an input pixel is read at few taps; pixels with the same taps go together, the others are skipped.
+    const int64_t sources = s.sources();
+    std::vector<int64_t> order;
+    if (s.sh * s.sw > 1)
+      for (int64_t phase = 0; phase < s.sh * s.sw; ++phase)
+        for (int64_t p = 0; p < sources; ++p)
+          if (p % s.in_w % s.sw == phase % s.sw && p / s.in_w % s.in_h % s.sh == phase / s.sw) order.push_back(p);
+    const int64_t ds_count = units_of<E>(wide[0]), dy_count = units_of<E>(wide[1]);
+    over_blocks(sources, 2 * taps * (s.out + s.rank) * s.in / (s.sh * s.sw), [&](int64_t first, int64_t count) {
+      std::vector<const char*> gathered(2 * taps * kBlock);
+      std::vector<Segment> segments(2 * taps);
+      char* out[kBlock];
+      for (int64_t i = 0; i < count; ++i) out[i] = dx + (order.empty() ? first + i : order[first + i]) * s.in * item;
+      for (int64_t t = 0; t < taps; ++t) {
+        const char** of_ds = gathered.data() + 2 * t * kBlock;
+        const char** of_dy = of_ds + kBlock;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t m = s.reader(order.empty() ? first + i : order[first + i], t);
+          of_ds[i] = m < 0 ? zero : ds + m * s.rank * item;
+          of_dy[i] = m < 0 ? zero : dy.data + m * s.out * item;
+        }
+        segments[2 * t] = {of_ds, ds_count, 4};
+        segments[2 * t + 1] = {of_dy, dy_count, 4};
+      }
+      multiply<E>(segments.data(), 2 * taps, count, zero, packed_w, s.in, nullptr, out, 1.0f);
+    });
+  }
+
+  if (da) {
+    const int64_t panels_a = (s.in + kPanel - 1) / kPanel, panels_b = (s.out + kPanel - 1) / kPanel;
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const bool of_a = task < taps * panels_a;
+        const int64_t tap = of_a ? task / panels_a : 0;
+        const int64_t column = (of_a ? task % panels_a : task - taps * panels_a) * kPanel, size = of_a ? s.in : s.out;
+        const int64_t columns = size - column < kPanel ? size - column : kPanel;
+        if (of_a) {
+          const int64_t row_stride = s.in * taps;  // da is (rank, in, kh, kw), contiguous
+          outer<E>(ds_units, s.rank, rows, column, columns, zero,
+                   [&](int64_t m) {
+                     const int64_t from = s.source(m, tap);
+                     return from < 0 ? zero : x.data + from * s.in * item;
+                   },
+                   [&](int64_t i, int64_t j, float v) { store_grad(*da, i * row_stride + j * taps + tap, v); });
+        } else {
+          outer<E>(s_units, s.rank, rows, column, columns, zero,
+                   [&](int64_t m) { return static_cast<const char*>(dy.data) + m * s.out * item; },
+                   [&](int64_t i, int64_t j, float v) { store_grad(*db, j * s.rank + i, v); });
+        }
+      }
+    };
+    const int64_t tasks = taps * panels_a + panels_b;
+    if (rows * s.rank * (taps * s.in + s.out) > 1000000) torch::stable::parallel_for(0, tasks, 1, run);
+    else run(0, tasks);
+  }
+}
+
+#endif
+
+Tensor made(int64_t dim, const int64_t* size, const int64_t* stride, Type type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, size, stride, type_codes().code[static_cast<int>(type)], aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor made_rows(int64_t rows, int64_t columns, Type type) {
+  const int64_t size[2] = {rows, columns}, stride[2] = {columns, 1};
+  return made(2, size, stride, type);
+}
+
+// (batch, ..., channels) rows, or a picture with the channels last, as torch's strides say it.
+Tensor made_like_rows(const View& like, int64_t channels, int64_t height, int64_t width) {
+  int64_t size[64], stride[64];
+  std::memcpy(size, like.size, sizeof(int64_t) * like.dim);
+  if (like.dim == 4 && height >= 0) {
+    size[1] = channels, size[2] = height, size[3] = width;
+    const int64_t order[4] = {height * width * channels, 1, width * channels, channels};
+    return made(4, size, order, like.type);
+  }
+  size[like.dim - 1] = channels;
+  int64_t running = 1;
+  for (int64_t d = like.dim - 1; d >= 0; --d) stride[d] = running, running *= size[d] ? size[d] : 1;
+  return made(like.dim, size, stride, like.type);
+}
+
+Tensor nothing(Type type) {
+  const int64_t size[1] = {0}, stride[1] = {1};
+  return made(1, size, stride, type);
+}
+
+}  // namespace
+
+// The dtypes that lora_rows takes here and now, by bit: 1 float32, 2 bfloat16.
+int64_t lora_rows_dtypes() {
+#if HYPERSD_PRODUCTS
+  return isa() != Isa::avx512 ? 0 : has_bfloat16() ? 3 : 1;
+#else
+  return 0;
+#endif
+}
+
+std::tuple<Tensor, Tensor> lora_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor b,
+                                     double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw, bool keep) {
+#if HYPERSD_PRODUCTS
+  const View in(x), w(weight), va(a), vb(b);
+  const Shape s = shape_of(in, w, va.size[0], sh, sw, ph, pw);
+  Tensor y = w.dim == 4 ? made_like_rows(in, s.out, s.out_h, s.out_w) : made_like_rows(in, s.out, -1, -1);
+  Tensor kept = keep ? made_rows(s.results(), s.rank, in.type) : nothing(in.type);
+  char* const kept_data = keep ? data_of(kept) : nullptr;
+  const float factor = static_cast<float>(scale);
+  if (in.type == Type::float32) forward<Float32>(s, in, w, bias, va, vb, factor, data_of(y), kept_data);
+  else forward<BFloat16>(s, in, w, bias, va, vb, factor, data_of(y), kept_data);
+  return {y, kept};
+#else
+  STD_TORCH_CHECK(false, "lora_rows: this build has no kernel for this processor");
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_rows_backward(Tensor dy, Tensor x, Tensor s_kept, Tensor weight, Tensor a,
+                                                      Tensor b, double scale, int64_t sh, int64_t sw, int64_t ph,
+                                                      int64_t pw, bool need_x, bool need_adapter) {
+#if HYPERSD_PRODUCTS
+  const View grad(dy), in(x), w(weight), va(a), vb(b), vs(s_kept);
+  const Shape s = shape_of(in, w, va.size[0], sh, sw, ph, pw);
+  Tensor dx = !need_x ? nothing(in.type)
+              : w.dim == 4 ? made_like_rows(in, s.in, s.in_h, s.in_w)
+                           : made_like_rows(in, s.in, -1, -1);
+  const int64_t dense_a[4] = {s.in * s.taps(), s.taps(), s.kw, 1}, dense_b[4] = {s.rank, 1, 1, 1};
+  Tensor da = need_adapter ? made(va.dim, va.size, dense_a, va.type) : nothing(va.type);
+  Tensor db = need_adapter ? made(vb.dim, vb.size, dense_b, vb.type) : nothing(vb.type);
+  const View out_a(da), out_b(db);
+  const char* const kept = vs.dim == 2 ? vs.data : nullptr;
+  char* const to = need_x ? data_of(dx) : nullptr;
+  const View* const oa = need_adapter ? &out_a : nullptr;
+  const float factor = static_cast<float>(scale);
+  if (in.type == Type::float32) backward<Float32>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
+  else backward<BFloat16>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
+  return {dx, da, db};
+#else
+  STD_TORCH_CHECK(false, "lora_rows_backward: this build has no kernel for this processor");
+#endif
+}
+
+}  // namespace hypersd

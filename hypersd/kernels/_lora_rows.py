@@ -1,0 +1,71 @@
+"""lora_linear and lora_conv2d as one C++ product over rows of channels (csrc/cpu/lora.cpp), on CPUs with AVX-512.
+
+Base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
+S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hypersd.kernels import _native
+
+PANEL = 1536 << 10  # bytes of packed weight that meet every row again: what the second-level cache keeps
+LAST = torch.channels_last
+
+
+def takes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether the C++ product computes this layer here. Convolutions: where pixels are rows (channels last)."""
+    if x.device.type != "cpu" or x.dtype not in _native.lora_dtypes() or x.dtype != weight.dtype:
+        return False
+    if not _fits(tuple(weight.shape), a.shape[0], x.dtype.itemsize):
+        return False
+    return weight.dim() == 2 or is_last(x) or is_last(weight)
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *rest: object, **options: object) -> bool:
+    """`takes`, of a public function's arguments."""
+    return takes(x, weight, a)
+
+
+@cache
+def _fits(weight: tuple[int, ...], rank: int, itemsize: int) -> bool:
+    out, inner = weight[0], weight[1]
+    per = 4 // itemsize  # bfloat16 is multiplied in pairs
+    if rank == 0 or out == 0 or inner == 0 or out % per or inner % per or rank % per:
+        return False
+    taps = weight[2] * weight[3] if len(weight) == 4 else 1
+    return 64 * itemsize * max(taps * inner + rank, taps * (out + rank)) <= PANEL
+
+
+def is_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=LAST) and not x.is_contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=LAST) if x.dim() == 4 else x.contiguous()
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, S (positions, r) or, without `keep`, nothing); S carries the scale."""
+    factor = scale if scale_tensor is None else scale * float(scale_tensor)
+    rows = x.contiguous() if weight.dim() == 2 else _rows(x)
+    return torch.ops.hypersd._lora_rows.default(rows, weight, bias, a, b, factor, *stride, *padding, keep)
+
+
+def backward(
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], need_x: bool, need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dX, dA, dB), each empty where not needed; s as forward kept it, or empty: then it is computed again."""
+    factor = scale if scale_tensor is None else scale * float(scale_tensor)
+    rows, dy = (x.contiguous(), dy.contiguous()) if weight.dim() == 2 else (_rows(x), _rows(dy))
+    return torch.ops.hypersd._lora_rows_backward.default(
+        dy, rows, s, weight, a, b, factor, *stride, *padding, need_x, need_adapter
+    )
