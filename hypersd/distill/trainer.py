@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
+from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
@@ -130,13 +131,15 @@ class Trainer:
         method = self._begin_stage()
         rate = stage.learning_rate or train.learning_rate
         self.parameters = self.backbone.role_parameters(STUDENT)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=rate,
+        vars(self).pop("optimizer", None)  # the buffers of the stage before make room
+        self.optimizer = FlatAdamW(
+            self.parameters,
+            self.backbone.role_parameters(EMA),
             betas=train.betas,
             eps=train.eps,
             weight_decay=train.weight_decay,
-            fused=True,
+            ema_decay=train.ema_decay,
+            clip=train.clip,
         )
         if self.step > 0:
             self._restore_optimizer()
@@ -144,7 +147,7 @@ class Trainer:
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
-            self.optimizer.param_groups[0]["lr"] = rate * min(1.0, (self.step + 1) / max(1, train.warmup))
+            self.rate = rate * min(1.0, (self.step + 1) / max(1, train.warmup))
             measured, norm = self._optimizer_step(method)
             self.log.add(self.stage, stage.name, self.step, measured, norm, started)
             self.step += 1
@@ -175,19 +178,16 @@ class Trainer:
     def _optimizer_step(self, method: Method) -> tuple[Tensor, Tensor]:
         """One step of optimizer and EMA; (loss, gradient norm) as tensors on the device."""
         train = self.recipe.train
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         total: Any = 0.0
         for micro in range(train.accumulation):
             number = self.step * train.accumulation + micro
             loss = method.loss(self._batch(number), Draw((train.seed, self.stage, number), self.device))
             (loss / train.accumulation).backward()
             total = total + loss.detach() / train.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or math.inf)
-        if self.device.type == "cpu" and not math.isfinite(float(total) + float(norm)):
-            return total, norm  # the log stops the run; weights that are still good stay so
-        self.optimizer.step()
-        self.backbone.lerp_role(EMA, STUDENT, 1.0 - train.ema_decay)
-        return total, norm
+        if self.device.type == "cpu" and not math.isfinite(float(total)):
+            return total, total  # the log stops the run; weights that are still good stay so
+        return total, self.optimizer.step(self.rate)
 
     def _batch(self, number: int) -> Batch:
         """Pass `number` of this stage; every stage goes through the data in its own order."""
@@ -212,9 +212,7 @@ class Trainer:
         for role in self._roles():
             tensors.update({f"{role}/{name}": p for name, p in self.backbone.role_parameters(role).items()})
         if self.step > 0:
-            for name, parameter in self.parameters.items():
-                state = self.optimizer.state[parameter]
-                tensors.update({f"optimizer/{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")})
+            tensors.update({f"optimizer/{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
         save_checkpoint(self.checkpoint, tensors, {"stage": self.stage, "step": self.step, **self._identity()})
 
     def _identity(self) -> dict[str, Any]:
@@ -236,11 +234,9 @@ class Trainer:
                 parameter.data.copy_(self._loaded(f"{role}/{name}", parameter))
 
     def _restore_optimizer(self) -> None:
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step), device=parameter.device),
-                **{k: self._loaded(f"optimizer/{k}/{name}", parameter) for k in ("exp_avg", "exp_avg_sq")},
-            }
+        own = self.optimizer.state_dict()
+        state = {name: self._loaded(f"optimizer/{name}", tensor) for name, tensor in own.items()}
+        self.optimizer.load_state_dict(state, self.step)
 
     def _loaded(self, name: str, like: Tensor) -> Tensor:
         tensor = self.loaded.get(name)

@@ -212,7 +212,7 @@ def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
 
 
 def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """The eager call's node. What an op returns for its backward alone is saved, but no output: each costs a wrapping."""
+    """The eager call's node. What an op returns for backward alone is saved and no output: wrapping one costs 2 us."""
     absent = (None,) * (len(op.compiled._schema.returns) - 1) if op.result else ()
 
     class Node(torch.autograd.Function):
