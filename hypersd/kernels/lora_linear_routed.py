@@ -7,7 +7,7 @@
  replaces  a loop over the adapters of a batch: gather, two products, scale, scatter-add for each
 
 Samples of an image model have one length, so a tile of rows lies in one sample and reads one slot: no sorting, no
-padding, no tables. On the CPU neighbours of one slot form one product, folded (_lora.py) where that is cheaper.
+padding, no tables. _lora_routed.py has the same in ATen products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_runs
+from hypersd.kernels import _lora, _lora_routed
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import check_numbers, on_device
@@ -83,49 +83,11 @@ def reference(
     keep: bool = False,
 ) -> Tensor:  # fmt: skip
     """The definition, as written; a slot that is none of 0 .. n - 1 means the base layer."""
-    valid, index = _known(slots, a.shape[0])
+    valid, index = _lora_routed.known(slots, a.shape[0])
     rows = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
     update = rows @ a[index].mT @ b[index].mT * scales[index].to(x.dtype)[:, None, None]
     y = F.linear(x, weight, bias)
     return y + torch.where(valid[:, None, None], update, 0.0).view(y.shape)
-
-
-def _known(slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(whether the slot names an adapter, the slot or 0)."""
-    valid = (slots >= 0) & (slots < count)
-    return valid, torch.where(valid, slots, 0)
-
-
-# ---- other devices without Triton, and float64: the adapters gathered by sample, nothing asked of the host --------
-
-
-def _gathered(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, slots: Tensor, scales: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu":
-        return _lora_runs.forward(x, weight, bias, a, b, slots, scales, keep)
-    return reference(x, weight, bias, a, b, slots, scales), x.new_empty(0)
-
-
-def _gathered_backward(
-    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, slots: Tensor, scales: Tensor,
-    need_x: bool, need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.device.type == "cpu":
-        return _lora_runs.backward(dy, x, s, weight, a, b, slots, scales, need_x, need_adapter)
-    valid, index = _known(slots, a.shape[0])
-    factor = torch.where(valid, scales[index], 0.0).to(x.dtype)[:, None, None]
-    rows, dy = (t.reshape(t.shape[0], t.shape[1:-1].numel(), t.shape[-1]) for t in (x, dy))
-    ds = dy @ b[index] * factor
-    dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
-    if need_x:
-        dx = (dy @ weight + ds @ a[index]).view(x.shape)
-    if need_adapter:
-        # a product with the table of who uses what: a sum in one order, where index_add has none on a GPU
-        users = (index[None, :] == torch.arange(a.shape[0], device=x.device)[:, None]) & valid
-        da = (users.to(x.dtype) @ (ds.mT @ rows).flatten(1)).view(a.shape)
-        db = (users.to(x.dtype) @ (dy.mT @ (rows @ a[index].mT) * factor).flatten(1)).view(b.shape)
-    return dx, da, db
 
 
 # ---- Triton: the kernels of lora_linear.py with a slot to each tile ------------------------------------------------
@@ -298,7 +260,7 @@ def _triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, slots: Tensor, scales: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _gathered(x, weight, bias, a, b, slots, scales, keep)
+        return _lora_routed.forward(x, weight, bias, a, b, slots, scales, keep)
     (n, k), tokens = weight.shape, x.shape[1:-1].numel()
     rows, weight, a, b = x.reshape(-1, k).contiguous(), weight.contiguous(), a.contiguous(), b.contiguous()
     slots, scales = slots.contiguous(), scales.contiguous()
@@ -313,7 +275,7 @@ def _triton_backward(
     need_x: bool, need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return _gathered_backward(dy, x, s, weight, a, b, slots, scales, need_x, need_adapter)
+        return _lora_routed.backward(dy, x, s, weight, a, b, slots, scales, need_x, need_adapter)
     (n, k), tokens = weight.shape, x.shape[1:-1].numel()
     rows, dy = x.reshape(-1, k).contiguous(), dy.reshape(-1, n).contiguous()
     weight, a, b = weight.contiguous(), a.contiguous(), b.contiguous()
@@ -359,7 +321,7 @@ def programs() -> list[Program]:
     made.append(program("outer", _routed_outer_kernel, types, blocks, small, 128))
     collect = {"partial": "*fp32", "slots": "*i64", "scales": "*fp32", "out": pointer}
     collect |= {"samples": "i32", "chunks": "i32", "size": "i32", "BLOCK": "constexpr"}
-    options = {"divisible": ("partial", "out", "size"), "streaming": True, "max_registers": 64}
+    options: dict[str, Any] = {"divisible": ("partial", "out", "size"), "streaming": True, "max_registers": 64}
     config = Config({"BLOCK": 1024}, 4)
     made.append(Program("collect", _collect_kernel, collect, dict(config.blocks), config, **options))
     return made
@@ -443,7 +405,7 @@ BACKWARD = Op(
     "lora_linear_routed_backward",
     "(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, Tensor slots, Tensor scales, bool need_x, "
     "bool need_adapter) -> (Tensor, Tensor, Tensor)",
-    reference=_gathered_backward,
+    reference=_lora_routed.backward,
     fake=_fake_backward,
     triton=_triton_backward,
 )
@@ -455,7 +417,7 @@ OP = Op(
     reference=reference,
     fake=_fake,
     check=_check,
-    fallback=_gathered,
+    fallback=_lora_routed.forward,
     triton=_triton,
     differentiable=("x", "a", "b"),
     backward=_backward,

@@ -64,11 +64,12 @@ def test_one_slot_for_all_is_lora_linear(dtype):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_minus_one_and_scale_zero_are_the_base_layer(name):
-    p = problem((-1, 0), 9, torch.float32)
+    p = problem((-1, 0, -1), 9, torch.float32)
     p["scales"][0] = 0
     with use(name):
         torch.testing.assert_close(lora_linear_routed(**p), F.linear(p["x"], p["weight"], p["bias"]))
-        p["a"].fill_(torch.nan)  # an adapter that no sample uses may hold anything
+        p["a"].fill_(torch.nan)
+        p["b"].fill_(torch.nan)  # an adapter that no sample uses may hold anything
         p["slots"].fill_(-1)
         torch.testing.assert_close(lora_linear_routed(**p), F.linear(p["x"], p["weight"], p["bias"]))
 
