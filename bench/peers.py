@@ -86,7 +86,7 @@ def base_layer(op: Op, inputs: dict[str, Any]) -> Runner:
     """The layer without its adapter: what an adapter costs is the distance to this."""
     changed, leaves = with_leaves(op, inputs)
     x, weight, bias = leaves["x"], changed["weight"], changed["bias"]
-    if op.name == "lora_linear":
+    if op.name.startswith("lora_linear"):
         return Runner(lambda: F.linear(x, weight, bias), {"x": x}, same=False)
     stride, padding = inputs["stride"], inputs["padding"]
     return Runner(lambda: F.conv2d(x, weight, bias, stride, padding), {"x": x}, same=False)
@@ -154,6 +154,24 @@ def sdpa(backend: str = "") -> Callable[[Op, dict[str, Any]], Runner | None]:
     return make
 
 
+def adapter_loop(op: Op, inputs: dict[str, Any]) -> Runner:
+    """The base layer, then each adapter of the batch in turn: its samples gathered, two products, added where they lie.
+    Who uses what is known beforehand."""
+    changed, leaves = with_leaves(op, inputs)
+    x, a, b, weight, bias = leaves["x"], leaves["a"], leaves["b"], changed["weight"], changed["bias"]
+    slots, scales = changed["slots"].tolist(), changed["scales"].tolist()
+    users = {s: [i for i, slot in enumerate(slots) if slot == s] for s in sorted(set(slots)) if s >= 0}
+    samples = {slot: torch.tensor(index, device=x.device) for slot, index in users.items()}
+
+    def call() -> Any:
+        y = F.linear(x, weight, bias)
+        for slot, index in samples.items():
+            y.index_add_(0, index, F.linear(F.linear(x[index], a[slot]), b[slot]) * scales[slot])
+        return y
+
+    return Runner(call, leaves)
+
+
 PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
     "": {OURS: ours, EAGER: eager, "compile": compiled},
     "adamw_ema_": {"AdamW(fused)": torch_adamw},
@@ -165,6 +183,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] =
     },
     "clip_coefficient": {"clip_grad_norm_": torch_clip},
     "lora_linear": {"max-autotune": autotuned, "peft": peft, "base": base_layer},
+    "lora_linear_routed": {"loop": adapter_loop, "base": base_layer},
     "lora_conv2d": {"peft": peft, "base": base_layer},
 }
 

@@ -12,6 +12,7 @@ from hypersd.kernels.geglu import geglu
 from hypersd.kernels.group_norm_silu import group_norm_silu
 from hypersd.kernels.lora_conv2d import lora_conv2d
 from hypersd.kernels.lora_linear import lora_linear
+from hypersd.kernels.lora_linear_routed import lora_linear_routed
 from hypersd.kernels.score_gradient import score_gradient
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "group_norm_silu",
     "lora_conv2d",
     "lora_linear",
+    "lora_linear_routed",
     "score_gradient",
     "use",
 ]
