@@ -116,8 +116,8 @@ def test_folded_weight_is_the_layer_and_keeps_its_format(layout):
     torch.testing.assert_close(folded, lora_conv2d(**inputs, scale=0.7, stride=2, padding=1))
 
 
-@pytest.mark.usefixtures("device")
 def test_a_small_update_survives_bfloat16_in_channels_last():
+    # of the CPU's kernel alone: a GPU rounds the convolution to 16 bits before the update joins it, as PEFT does
     inputs = layer(4, 16, k=64, n=64, r=32, dtype=torch.bfloat16)
     inputs["b"] = inputs["b"] * 1e-4
     inputs["x"] = inputs["x"].contiguous(memory_format=LAST)

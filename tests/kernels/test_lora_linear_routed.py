@@ -59,7 +59,9 @@ def test_one_slot_for_all_is_lora_linear(dtype):
     p = problem((1, 1, 1), 64, dtype)
     routed = lora_linear_routed(**p)
     single = lora_linear(p["x"], p["weight"], p["bias"], p["a"][1], p["b"][1], 2.0)
-    torch.testing.assert_close(routed, single, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    # the two may add the same terms in another order
+    atol = 8 * torch.finfo(dtype).eps * float(single.abs().max())
+    torch.testing.assert_close(routed, single, rtol=2 * torch.finfo(dtype).eps, atol=atol)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
