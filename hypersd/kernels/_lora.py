@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _lora_rows
+from hypersd.kernels import _lora_rows, _op
 from hypersd.kernels._op import Op
 from hypersd.kernels._tune import CONFIGS
 
@@ -158,6 +159,29 @@ def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
     return b if scale == 1.0 else b * scale
 
 
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Saves x, S where kept, W and the adapter; `ctx.rest` is stride and padding, or nothing."""
+    x, weight, _, a, b, ctx.scale, scale_tensor, *ctx.rest, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b, scale_tensor)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def backward_by(op: Op) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of either op through its helper: gradients of x, a and b."""
+
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        none = (None,) * (len(ctx.rest) + 3)
+        if dy is None:
+            return (None,) * 5 + none
+        x, s, weight, a, b, scale_tensor = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        dx, da, db = op.run(dy, x, s, weight, a, b, ctx.scale, scale_tensor, *ctx.rest, need_x, need_a or need_b)
+        return (dx if need_x else None, None, None, da if need_a else None, db if need_b else None, *none)
+
+    return backward
+
+
 def skip_dispatcher(op: Op) -> None:
     """Let eager calls on plain CPU tensors go straight to the op's Python function: nothing else is behind the
     dispatcher there, and crossing it twice costs 10 to 20 us a call."""
@@ -233,7 +257,8 @@ def arguments(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if a.dtype != x.dtype or b.dtype != x.dtype:
-        if torch.compiler.is_compiling() or not (mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
+        ours = _op.asked_for() == "auto" and not torch.compiler.is_compiling()
+        if not (ours and mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
             a, b = a.to(x.dtype), b.to(x.dtype)
     if isinstance(scale, Tensor):
         return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)

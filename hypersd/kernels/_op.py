@@ -247,6 +247,11 @@ def use(implementation: str) -> Iterator[None]:
         _forced = before
 
 
+def asked_for() -> str:
+    """The implementation that `use` forces here, or "auto"."""
+    return _forced
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What one call runs and the least it can cost. `seconds` is None where the device's ceiling is unknown."""

@@ -299,25 +299,6 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, _ = inputs
-    ctx.save_for_backward(x, output[1], weight, a, b, scale_tensor)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 10
-    x, s, weight, a, b, scale_tensor = ctx.saved_tensors
-    need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    dx, da, db = BACKWARD.run(
-        dy, x, s, weight, a, b, ctx.scale, scale_tensor, ctx.stride, ctx.padding, need_x, need_a or need_b
-    )
-    grads = dx if need_x else None, None, None, da if need_a else None, db if need_b else None
-    return *grads, None, None, None, None, None
-
-
 def _public_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
     stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
@@ -342,8 +323,8 @@ OP = Op(
     check=_check,
     fallback=_forms,
     differentiable=("x", "a", "b"),
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=_lora.backward_by(BACKWARD),
+    setup_context=_lora.setup_context,
     result=lambda output: output[0],
     cases=CASES,
     cost=cost,

@@ -166,14 +166,41 @@ def test_only_the_gradients_asked_for(wanted):
 
 
 @pytest.mark.usefixtures("device")
-def test_adapter_kept_in_float32():
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_adapter_kept_in_float32(implementation):
     inputs = layer(8, dtype=torch.bfloat16)
     masters = {name: inputs[name].float().requires_grad_() for name in ("a", "b")}
-    y = lora_linear(**inputs | masters, scale=0.7)
-    y.sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert masters["a"].grad.dtype == masters["b"].grad.dtype == torch.float32
-    assert torch.equal(y, lora_linear(**inputs, scale=0.7))
+    with use(implementation):
+        y = lora_linear(**inputs | masters, scale=0.7)
+        y.sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert masters["a"].grad.dtype == masters["b"].grad.dtype == torch.float32
+        assert torch.equal(y, lora_linear(**inputs, scale=0.7))
+
+
+def test_a_float32_adapter_is_not_rounded_on_the_way():
+    """On a CPU with the C++ kernel, dA and dB of a bfloat16 layer are float32 sums: no 8-bit mantissa in between."""
+    inputs = layer(64, k=64, n=64, r=8, dtype=torch.bfloat16)
+    if not _lora_rows.takes(inputs["x"], inputs["weight"], inputs["a"]):
+        pytest.skip("this CPU has no bfloat16 products")
+    masters = inputs | {name: inputs[name].float() for name in ("a", "b")}
+    _, _, da, db = gradients(masters)
+    assert "lora_linear on cpu: cpp" in str(explain(lora_linear, **masters, scale=0.7))
+    for grad in (da, db):
+        assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("rank", [4, 33, 130])
+@pytest.mark.parametrize("rows", [1, 5, 97, 700])
+@pytest.mark.parametrize("k", [18, 300])
+def test_any_size_fills_whole_tiles(rows, k, rank):
+    """Rows, columns, ranks and sums around the sizes of tiles, panels and blocks, forward and backward."""
+    if torch.float32 not in _lora_rows._native.lora_dtypes():
+        pytest.skip("this CPU has no such kernel")
+    inputs = layer(rows, k=k, n=70, r=rank, dtype=torch.float32)
+    wide = {name: t.double() for name, t in inputs.items()}
+    for found, exact in zip(gradients(inputs), gradients(wide), strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 5e-7
 
 
 def test_autocast_computes_in_its_dtype():
