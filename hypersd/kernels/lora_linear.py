@@ -191,6 +191,39 @@ def _tile(pointer, rows, columns, row_count, column_count, WIDEN: tl.constexpr):
 
 
 @jit
+def _add_product(
+    total, x, w, rows, columns, stop, m, n, k, NT: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr
+):
+    """total + x (m, k) w at these rows and columns, over the first `stop` of k; w is (n, k) if NT, else (k, n)."""
+    for start in range(0, stop, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = _tile(x, rows, inner, m, k, WIDEN)
+        if NT:
+            right = tl.trans(_tile(w, columns, inner, n, k, WIDEN))
+        else:
+            right = _tile(w, inner, columns, k, n, WIDEN)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@jit
+def _add_outer(total, u, v, ranks, columns, first, last, r, c, BLOCK_M: tl.constexpr, WIDEN: tl.constexpr):
+    """total + u^T v over rows `first` to `last` of u (., r) and v (., c)."""
+    for start in range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        left = tl.trans(_tile(u, rows, ranks, last, r, WIDEN))
+        total = tl.dot(left, _tile(v, rows, columns, last, c, WIDEN), total, input_precision="ieee")
+    return total
+
+
+@jit
+def _put(pointer, total, rows, columns, m, n):
+    """Store a tile of a contiguous (m, n) matrix."""
+    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
+    tl.store(pointer + offsets, total.to(pointer.dtype.element_ty), mask=(rows[:, None] < m) & (columns[None, :] < n))
+
+
+@jit
 def _shrink_kernel(
     x, w, out, m, k, r, NT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -199,16 +232,8 @@ def _shrink_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        left = _tile(x, rows, inner, m, k, WIDEN)
-        if NT:
-            right = tl.trans(_tile(w, ranks, inner, r, k, WIDEN))
-        else:
-            right = _tile(w, inner, ranks, k, r, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    offsets = rows[:, None].to(tl.int64) * r + ranks[None, :]
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=(rows[:, None] < m) & (ranks[None, :] < r))
+    total = _add_product(total, x, w, rows, ranks, k, m, r, k, NT, BLOCK_K, WIDEN)
+    _put(out, total, rows, ranks, m, r)
 
 
 @jit
@@ -221,30 +246,15 @@ def _expand_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, r, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        left = _tile(s, rows, ranks, m, r, WIDEN)
-        if NT:
-            right = tl.trans(_tile(u, columns, ranks, n, r, WIDEN))
-        else:
-            right = _tile(u, ranks, columns, r, n, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
+    total = _add_product(total, s, u, rows, columns, r, m, n, r, NT, BLOCK_R, WIDEN)
     factor = scale  # a float32 already; under the interpreter a Python float
     if HAS_SCALE:
         factor *= tl.load(scale_tensor).to(tl.float32)
     total *= factor
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    for start in range(0, k, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        left = _tile(x, rows, inner, m, k, WIDEN)
-        if NT:
-            right = tl.trans(_tile(w, columns, inner, n, k, WIDEN))
-        else:
-            right = _tile(w, inner, columns, k, n, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
-    tl.store(y + offsets, total.to(y.dtype.element_ty), mask=(rows[:, None] < m) & (columns[None, :] < n))
+    total = _add_product(total, x, w, rows, columns, k, m, n, k, NT, BLOCK_K, WIDEN)
+    _put(y, total, rows, columns, m, n)
 
 
 @jit
@@ -258,12 +268,8 @@ def _outer_kernel(
     first = tl.program_id(2) * chunk
     last = tl.minimum(first + chunk, m)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        left = tl.trans(_tile(u, rows, ranks, last, r, WIDEN))
-        total = tl.dot(left, _tile(v, rows, columns, last, c, WIDEN), total, input_precision="ieee")
-    offsets = (tl.program_id(2).to(tl.int64) * r + ranks[:, None]) * c + columns[None, :]
-    tl.store(out + offsets, total, mask=(ranks[:, None] < r) & (columns[None, :] < c))
+    total = _add_outer(total, u, v, ranks, columns, first, last, r, c, BLOCK_M, WIDEN)
+    _put(out + tl.program_id(2).to(tl.int64) * r * c, total, ranks, columns, r, c)
 
 
 def _config(m: int, n: int, k: int, r: int, dtype: torch.dtype, arch: str = "sm90") -> Config:

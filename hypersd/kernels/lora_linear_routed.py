@@ -23,8 +23,8 @@ from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import check_numbers, on_device
 from hypersd.kernels._tune import Config, Program, jit, tl, triton
+from hypersd.kernels.lora_linear import _add_outer, _add_product, _put, _widen
 from hypersd.kernels.lora_linear import _config as linear_config
-from hypersd.kernels.lora_linear import _tile, _widen
 
 
 def _case(
@@ -114,16 +114,8 @@ def _routed_shrink_kernel(
     valid, slot = _slot_of(slots, sample, slot_count)
     w += slot * k * r
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, tl.where(valid, k, 0), BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        left = _tile(x, rows, inner, last, k, WIDEN)
-        if NT:
-            right = tl.trans(_tile(w, ranks, inner, r, k, WIDEN))
-        else:
-            right = _tile(w, inner, ranks, k, r, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    offsets = rows[:, None].to(tl.int64) * r + ranks[None, :]
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=(rows[:, None] < last) & (ranks[None, :] < r))
+    total = _add_product(total, x, w, rows, ranks, tl.where(valid, k, 0), last, r, k, NT, BLOCK_K, WIDEN)
+    _put(out, total, rows, ranks, last, r)
 
 
 @jit
@@ -139,27 +131,12 @@ def _routed_expand_kernel(
     valid, slot = _slot_of(slots, sample, slot_count)
     u += slot * n * r
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, tl.where(valid, r, 0), BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        left = _tile(s, rows, ranks, last, r, WIDEN)
-        if NT:
-            right = tl.trans(_tile(u, columns, ranks, n, r, WIDEN))
-        else:
-            right = _tile(u, ranks, columns, r, n, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
+    total = _add_product(total, s, u, rows, columns, tl.where(valid, r, 0), last, n, r, NT, BLOCK_R, WIDEN)
     total *= tl.load(scales + slot).to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    for start in range(0, k, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        left = _tile(x, rows, inner, last, k, WIDEN)
-        if NT:
-            right = tl.trans(_tile(w, columns, inner, n, k, WIDEN))
-        else:
-            right = _tile(w, inner, columns, k, n, WIDEN)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
-    tl.store(y + offsets, total.to(y.dtype.element_ty), mask=(rows[:, None] < last) & (columns[None, :] < n))
+    total = _add_product(total, x, w, rows, columns, k, last, n, k, NT, BLOCK_K, WIDEN)
+    _put(y, total, rows, columns, last, n)
 
 
 @jit
@@ -175,12 +152,8 @@ def _routed_outer_kernel(
     last = tl.minimum(first + chunk, (sample + 1) * tokens)
     valid, slot = _slot_of(slots, sample, slot_count)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(first, tl.where(valid, last, first), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        left = tl.trans(_tile(u, rows, ranks, last, r, WIDEN))
-        total = tl.dot(left, _tile(v, rows, columns, last, c, WIDEN), total, input_precision="ieee")
-    offsets = (tl.program_id(2).to(tl.int64) * r + ranks[:, None]) * c + columns[None, :]
-    tl.store(out + offsets, total, mask=(ranks[:, None] < r) & (columns[None, :] < c))
+    total = _add_outer(total, u, v, ranks, columns, first, tl.where(valid, last, first), r, c, BLOCK_M, WIDEN)
+    _put(out + tl.program_id(2).to(tl.int64) * r * c, total, ranks, columns, r, c)
 
 
 @jit(do_not_specialize=("samples", "chunks"))
