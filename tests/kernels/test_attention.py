@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hypersd.kernels import _attention as tiles
 from hypersd.kernels import attention, explain, use
 
 op_file = importlib.import_module("hypersd.kernels.attention")
@@ -102,7 +103,7 @@ def test_explain_names_where_it_runs(monkeypatch):
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 48, 64, 80, 96, 100, 120, 128, 160])
 def test_parts_of_a_head_dimension(d):
     """Two powers of two, each at least 16, that hold d with less padding than one would, or one."""
-    first, second = op_file._parts(d)
+    first, second = tiles.parts(d)
     whole = max(16, 1 << (d - 1).bit_length())
     assert first + second >= d and first + second <= whole
     assert all(part == 0 or part >= 16 and part & (part - 1) == 0 for part in (first, second))
@@ -111,7 +112,7 @@ def test_parts_of_a_head_dimension(d):
 
 @pytest.mark.parametrize(("tq", "heads"), [(1, 1), (64, 2), (4096, 20), (4097, 3), (100, 1000)])
 def test_splits_cover_every_query_once(tq, heads):
-    splits, chunk = op_file._split(tq, heads, 64)
+    splits, chunk = tiles.split(tq, heads, 64)
     assert chunk % 64 == 0 and (splits - 1) * chunk < tq <= splits * chunk
 
 
