@@ -51,7 +51,7 @@ STAGE = {"method": "tscd", "segments": 8, "iterations": 1, "guidance_scale": [3.
 
 def random_unet() -> UNet2DConditionModel:
     """The embedded model's UNet with random weights."""
-    from hypersd.emoji.train import new_unet
+    from hypersd.emoji.networks import new_unet
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

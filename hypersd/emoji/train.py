@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from hypersd.emoji import tokens
 from hypersd.emoji.degrade import degrade
 from hypersd.emoji.evaluators import SETS, Evaluator, solo_loss
 from hypersd.emoji.evaluators import load as load_evaluator
-from hypersd.emoji.scenes import SIZE, Scenes, render
+from hypersd.emoji.networks import new_text_encoder, new_unet, new_vae, noise_scheduler
+from hypersd.emoji.scenes import Scenes, render
 from hypersd.emoji.weights import FOLDER
 from hypersd.files import atomic_write
 
@@ -43,51 +44,6 @@ Minutes = Annotated[float, typer.Option(help="if given, as many steps as fit; re
 Workers = Annotated[int, typer.Option(help="processes that draw scenes")]
 DEFAULT_WORK = Path("out/emoji")
 PERCEPTUAL = 0.2  # weight of the reward network's feature distance in the autoencoder's loss
-
-
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-    )
-
-
-def new_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, by diffusers' historical naming
-        norm_num_groups=16,
-    )
-
-
-def new_text_encoder() -> CLIPTextModel:
-    tokenizer = tokens.build()
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokens.LENGTH,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
 
 
 class State:
@@ -134,7 +90,15 @@ class Numbered(Dataset):
 
 def drawn(make: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Any]:
     """make(n) for each of `numbers`, in order, made ahead of time by worker processes."""
-    return iter(DataLoader(Numbered(make), batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4))
+    return iter(
+        DataLoader(
+            Numbered(make),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
+    )
 
 
 def to_tensor(images: np.ndarray | Tensor, device: str = "cpu") -> Tensor:
@@ -468,19 +432,6 @@ def check_evaluator(model: Evaluator, device: str, count: int = 1000) -> dict[st
         "retrieval": retrieved / count,
         "preference": preferred / count,
     }
-
-
-def noise_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
-    )
 
 
 def save_teacher(average: nn.ModuleDict, scheduler: DDIMScheduler) -> None:
