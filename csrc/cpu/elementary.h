@@ -9,13 +9,13 @@
 namespace hypersd {
 
 // 2^t to about 2 ulp for t in [-126, 128]: 2^n 2^f with f in [-1/2, 1/2], 2^f fitted to 9e-8 (Coarse: 3e-6, for 16-bit
-// results). Above it is infinity, below it is tiny, and a NaN becomes a number: use the result beside t. The limits are
+// results). Above it is infinity, from -127 on 0, and a NaN becomes a number: use the result beside t. The limits are
 // integer minima of the bits of t, signed for the upper, unsigned for the lower.
 template <bool Coarse = false>
 HYPERSD_INLINE float power_of_two(float t) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   constexpr int32_t kUpper = 0x43000000;    // 128
-  constexpr uint32_t kLower = 0xc2fc0000u;  // -126
+  constexpr uint32_t kLower = 0xc2fe0000u;  // -127
   const int32_t signed_bits = static_cast<int32_t>(float_to_bits(t));
   const uint32_t capped = static_cast<uint32_t>(signed_bits < kUpper ? signed_bits : kUpper);
   t = bits_to_float(capped < kLower ? capped : kLower);

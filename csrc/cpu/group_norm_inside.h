@@ -63,6 +63,10 @@ HYPERSD_INLINE void moments_four(const T* HYPERSD_RESTRICT x, const C* HYPERSD_R
     squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
   }
 }
+template <class T, class C>
+HYPERSD_INLINE void add_pixel(const T* HYPERSD_RESTRICT x, C share, int64_t channels, C* HYPERSD_RESTRICT mean) {
+  for (int64_t c = 0; c < channels; ++c) mean[c] += widen(x[c]) * share;
+}
 // Joins the sums of `n` pixels about `mean` to the moments of `seen` pixels.
 template <class C>
 HYPERSD_INLINE void join(const C* HYPERSD_RESTRICT total, const C* HYPERSD_RESTRICT spread, double seen, double n,
@@ -84,7 +88,10 @@ HYPERSD_INLINE void inside_moments(const Problem<T>& p, int64_t begin, int64_t e
     const Piece<T> piece(p, item);
     const T* x = p.x + piece.start;
     C *mean = p.partial + item * 2 * channels, *squares = mean + channels;
-    for (int64_t c = 0; c < channels; ++c) mean[c] = widen(x[c]), squares[c] = 0;  // about a value of the data at first
+    // the first pixels are taken about the mean of a few of them: near enough that squares do not cancel
+    const int64_t few = piece.pixels < 8 ? piece.pixels : 8;
+    for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+    for (int64_t i = 0; i < few; ++i) add_pixel<T, C>(x + i * channels, static_cast<C>(1.0 / few), channels, mean);
     for (int64_t first = 0; first < piece.pixels; first += kPixels) {
       const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
       for (int64_t c = 0; c < channels; ++c) total[c] = spread[c] = 0;
