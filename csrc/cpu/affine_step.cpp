@@ -121,14 +121,9 @@ Tensor affine_step(Tensor x, Tensor eps_cond, Tensor coef, std::optional<Tensor>
   bool wide = false;
   for (int j = 0; j < 5; ++j) {
     if (!tensors[j]) continue;
-    const View view(*tensors[j]);
-    STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of x");
-    STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
-    STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
-    p.data[p.terms] = matched(*tensors[j], view, layout, kept[j]);
-    p.type[p.terms] = view.type;
+    p.data[p.terms] = read_input(*tensors[j], names[j], shape, "x", layout, kept[j], p.type[p.terms]);
+    wide = wide || p.type[p.terms] == Type::float64;
     p.column[p.terms++] = j;
-    wide = wide || view.type == Type::float64;
   }
   over_elements(shape.numel, [&](int64_t begin, int64_t end) {
     wide ? combine_double(p, begin, end) : combine_float(p, begin, end);

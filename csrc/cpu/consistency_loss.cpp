@@ -167,13 +167,8 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
             layout.type};
   bool wide = false;
   for (int j = 0; j < 4; ++j) {
-    const View view(*tensors[j]);
-    STD_TORCH_CHECK(view.same_size(shape), names[j], ": its shape is not that of eps_student");
-    STD_TORCH_CHECK(view.type != Type::other, names[j], ": not a floating-point tensor");
-    STD_TORCH_CHECK(tensors[j]->is_cpu(), names[j], ": expected a CPU tensor");
-    p.data[j] = matched(*tensors[j], view, layout, kept[j]);
-    p.type[j] = view.type;
-    wide = wide || view.type == Type::float64;
+    p.data[j] = read_input(*tensors[j], names[j], shape, "eps_student", layout, kept[j], p.type[j]);
+    wide = wide || p.type[j] == Type::float64;
   }
   const int64_t total = batch * p.chunks;
   std::vector<double> partial(total);

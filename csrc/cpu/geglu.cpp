@@ -8,71 +8,66 @@ namespace {
 struct Problem {
   const char *x, *dy;  // dy null: forward
   char* out;           // y, or dx
-  Type type, dy_type;
+  Type type;
   int64_t width;       // elements of a row of y
   int64_t chunks;      // of a row, fixed by the shape: the same bits on any number of threads
 };
 
-template <class C>
-HYPERSD_INLINE void forward_range_body(const Problem& p, int64_t begin, int64_t end) {
-  alignas(64) C buffer[3][kChunk];
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index / p.chunks, first = (index - row * p.chunks) * kChunk;
-    const int64_t count = p.width - first < kChunk ? p.width - first : kChunk;
-    const int64_t narrow = row * p.width + first, at = narrow + row * p.width;  // in y and in x
-    const C* HYPERSD_RESTRICT value = load<C>(p.x, p.type, at, count, buffer[0]);
-    const C* HYPERSD_RESTRICT gate = load<C>(p.x, p.type, at + p.width, count, buffer[1]);
-    C* HYPERSD_RESTRICT out = target<C>(p.out, p.type, narrow, buffer[2]);
-    for (int64_t i = 0; i < count; ++i) {
-      C phi, density;
-      normal(gate[i], phi, density);
-      out[i] = value[i] * (gate[i] * phi);
-    }
-    store<C>(p.out, p.type, narrow, count, out);
+template <class T>
+HYPERSD_INLINE void forward(const T* HYPERSD_RESTRICT value, const T* HYPERSD_RESTRICT gate, int64_t count,
+                            T* HYPERSD_RESTRICT y) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Work<T> g = widen(gate[i]);
+    Work<T> phi, density;
+    normal<sizeof(T) == 2>(g, phi, density);
+    assign(y[i], widen(value[i]) * (g * phi));
   }
 }
 
 // d value = dy gelu(gate), d gate = dy value gelu'(gate), gelu'(g) = Phi(g) + g phi(g)
-template <class C>
-HYPERSD_INLINE void backward_range_body(const Problem& p, int64_t begin, int64_t end) {
-  alignas(64) C buffer[5][kChunk];
+template <class T>
+HYPERSD_INLINE void backward(const T* HYPERSD_RESTRICT value, const T* HYPERSD_RESTRICT gate,
+                             const T* HYPERSD_RESTRICT dy, int64_t count, T* HYPERSD_RESTRICT dvalue,
+                             T* HYPERSD_RESTRICT dgate) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Work<T> g = widen(gate[i]), upstream = widen(dy[i]);
+    Work<T> phi, density;
+    normal<sizeof(T) == 2>(g, phi, density);
+    assign(dvalue[i], upstream * (g * phi));
+    assign(dgate[i], upstream * widen(value[i]) * (phi + g * density));
+  }
+}
+
+template <class T>
+HYPERSD_INLINE void over_range(const Problem& p, int64_t begin, int64_t end) {
+  const T *x = reinterpret_cast<const T*>(p.x), *dy = reinterpret_cast<const T*>(p.dy);
+  T* out = reinterpret_cast<T*>(p.out);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index / p.chunks, first = (index - row * p.chunks) * kChunk;
     const int64_t count = p.width - first < kChunk ? p.width - first : kChunk;
     const int64_t narrow = row * p.width + first, at = narrow + row * p.width;  // in y and in x
-    const C* HYPERSD_RESTRICT value = load<C>(p.x, p.type, at, count, buffer[0]);
-    const C* HYPERSD_RESTRICT gate = load<C>(p.x, p.type, at + p.width, count, buffer[1]);
-    const C* HYPERSD_RESTRICT dy = load<C>(p.dy, p.dy_type, narrow, count, buffer[2]);
-    C* HYPERSD_RESTRICT dvalue = target<C>(p.out, p.type, at, buffer[3]);
-    C* HYPERSD_RESTRICT dgate = target<C>(p.out, p.type, at + p.width, buffer[4]);
-    for (int64_t i = 0; i < count; ++i) {
-      C phi, density;
-      normal(gate[i], phi, density);
-      dvalue[i] = dy[i] * (gate[i] * phi);
-      dgate[i] = dy[i] * value[i] * (phi + gate[i] * density);
-    }
-    store<C>(p.out, p.type, at, count, dvalue);
-    store<C>(p.out, p.type, at + p.width, count, dgate);
+    if (p.dy) backward<T>(x + at, x + at + p.width, dy + narrow, count, out + at, out + at + p.width);
+    else forward<T>(x + at, x + at + p.width, count, out + narrow);
   }
 }
-
-HYPERSD_INLINE void forward_float_body(const Problem& p, int64_t begin, int64_t end) { forward_range_body<float>(p, begin, end); }
-HYPERSD_INLINE void forward_double_body(const Problem& p, int64_t begin, int64_t end) { forward_range_body<double>(p, begin, end); }
-HYPERSD_INLINE void backward_float_body(const Problem& p, int64_t begin, int64_t end) { backward_range_body<float>(p, begin, end); }
-HYPERSD_INLINE void backward_double_body(const Problem& p, int64_t begin, int64_t end) { backward_range_body<double>(p, begin, end); }
-HYPERSD_KERNEL(forward_float, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
-HYPERSD_KERNEL(forward_double, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
-HYPERSD_KERNEL(backward_float, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
-HYPERSD_KERNEL(backward_double, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
+HYPERSD_INLINE void run_body(const Problem& p, int64_t begin, int64_t end) {
+  switch (p.type) {
+    case Type::float64: over_range<double>(p, begin, end); break;
+    case Type::float32: over_range<float>(p, begin, end); break;
+    case Type::bfloat16: over_range<BFloat>(p, begin, end); break;
+    default: over_range<Half>(p, begin, end);
+  }
+}
+HYPERSD_KERNEL(run, (const Problem& p, int64_t begin, int64_t end), (p, begin, end))
 
 int64_t chunks_of(int64_t width) { return (width + kChunk - 1) / kChunk; }
 
 // Runs over all chunks of all rows, `grain` of them to a thread at least: 8,192 elements of y.
-template <class F>
-void over_chunks(const Problem& p, int64_t elements, const F& run) {
+void over_chunks(const Problem& p, int64_t elements) {
   if (elements == 0) return;
   const int64_t size = p.width < kChunk ? p.width : kChunk;
-  torch::stable::parallel_for(0, elements / p.width * p.chunks, 8 * kChunk / size, run);
+  torch::stable::parallel_for(0, elements / p.width * p.chunks, 8 * kChunk / size,
+                              [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 // Sizes and strides of a row-major tensor like `view`, its last dimension replaced.
@@ -108,12 +103,8 @@ Tensor geglu(Tensor x) {
   out.size = halves.size;
   Tensor y = empty_strided(out, halves.stride, shape.type);
   std::optional<Tensor> kept;
-  const Problem p{matched(x, shape, layout, kept), nullptr, data_of(y), shape.type, shape.type, width,
-                  chunks_of(width)};
-  const auto run = [&](int64_t begin, int64_t end) {
-    shape.type == Type::float64 ? forward_double(p, begin, end) : forward_float(p, begin, end);
-  };
-  over_chunks(p, shape.numel / 2, run);
+  const Problem p{matched(x, shape, layout, kept), nullptr, data_of(y), shape.type, width, chunks_of(width)};
+  over_chunks(p, shape.numel / 2);
   return y;
 }
 
@@ -124,16 +115,12 @@ Tensor geglu_backward(Tensor dy, Tensor x) {
   View layout = shape, out = shape;
   layout.stride = rows.stride;
   out.size = halves.size, out.stride = halves.stride;
-  STD_TORCH_CHECK(upstream.same_size(out) && upstream.type != Type::other, "dy: not a gradient of geglu(x)");
+  STD_TORCH_CHECK(upstream.same_size(out) && upstream.type == shape.type, "dy: not a gradient of geglu(x)");
   Tensor dx = empty_strided(layout, rows.stride, shape.type);
   std::optional<Tensor> kept[2];
-  const Problem p{matched(x, shape, layout, kept[0]), matched(dy, upstream, out, kept[1]), data_of(dx), shape.type,
-                  upstream.type, width, chunks_of(width)};
-  const bool wide = shape.type == Type::float64;
-  const auto run = [&](int64_t begin, int64_t end) {
-    wide ? backward_double(p, begin, end) : backward_float(p, begin, end);
-  };
-  over_chunks(p, shape.numel / 2, run);
+  const Problem p{matched(x, shape, layout, kept[0]), matched(dy, upstream, out, kept[1]), data_of(dx), shape.type, width,
+                  chunks_of(width)};
+  over_chunks(p, shape.numel / 2);
   return dx;
 }
 

@@ -131,6 +131,18 @@ inline const char* matched(const Tensor& t, const View& view, const View& layout
   return data_of(*copy);
 }
 
+// The data of input `name` as `matched` gives it, once it is known to be a floating-point CPU tensor of the shape of
+// the input called `like`; its dtype goes to `type`.
+inline const char* read_input(const Tensor& t, const char* name, const View& shape, const char* like,
+                              const View& layout, std::optional<Tensor>& copy, Type& type) {
+  const View view(t);
+  STD_TORCH_CHECK(view.same_size(shape), name, ": its shape is not that of ", like);
+  STD_TORCH_CHECK(view.type != Type::other, name, ": not a floating-point tensor");
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  type = view.type;
+  return matched(t, view, layout, copy);
+}
+
 // Numbers on the host: float64 or float32, any strides.
 struct Numbers {
   View view;

@@ -1,0 +1,127 @@
+"""What is special about group_norm_silu: memory orders, statistics far from zero, what it keeps, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypersd.kernels import group_norm_silu, use
+from hypersd.kernels._op import OPS
+from tests.kernels import checks
+
+
+def layer(*shape: int, last: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in (shape, shape[1], shape[1]))
+    return x.contiguous(memory_format=torch.channels_last) if last else x, weight, bias
+
+
+def test_float64_equals_torch_to_the_last_digits():
+    for last in (False, True):
+        x, weight, bias = layer(2, 12, 9, 7, last=last, dtype=torch.float64)
+        for silu in (False, True):
+            z = F.group_norm(x, 4, weight, bias, 1e-6)
+            y = group_norm_silu(x, 4, weight, bias, 1e-6, silu=silu)
+            torch.testing.assert_close(y, F.silu(z) if silu else z, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "fallback"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_order_is_kept(dtype, implementation, monkeypatch):
+    if implementation == "fallback":
+        monkeypatch.setattr(OPS["group_norm_silu"], "raw", OPS["group_norm_silu"].fallback)
+    x, weight, bias = layer(2, 8, 4, 6, dtype=dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+    tokens = (
+        x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # (batch, channels, tokens) of a (b, t, c) tensor
+    for t, strides in ((x, x.stride()), (last, last.stride()), (tokens, tokens.stride()), (x.mT, (192, 24, 4, 1))):
+        t = t.detach().requires_grad_()
+        y = group_norm_silu(t, 4, weight, bias, 1e-5)
+        assert y.stride() == strides and y.dtype == dtype
+        (grad,) = torch.autograd.grad(y, t, torch.ones_like(y))
+        assert grad.shape == t.shape and grad.dtype == dtype
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("last", [False, True])
+def test_same_bits_on_any_number_of_threads(batch, last):
+    """Few samples are cut into pieces, many are not; sums are grouped by the shape alone."""
+    x, weight, bias = layer(batch, 48, 40, 40, last=last)  # three pieces a sample
+    inputs = {"x": x, "num_groups": 8, "weight": weight, "bias": bias, "eps": 1e-5}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(checks.evaluate(OPS["group_norm_silu"], inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_statistics_hold_far_from_zero(last):
+    """Mean 1000 and deviation 1: the mean of squares less the square of the mean would be off by several per cent."""
+    x, _, _ = layer(2, 8, 32, 32, last=last)
+    found = group_norm_silu(x + 1000, 2, None, None, 1e-5, silu=False)
+    exact = F.group_norm((x + 1000).double(), 2, None, None, 1e-5)
+    assert (found - exact).abs().max() < 2e-4  # a float32 near 1000 is known to 6e-5
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_outlier_first_does_not_spoil_the_variance(last):
+    x, _, _ = layer(1, 4, 48, 48, last=last)
+    x[:, :, 0, 0] = 3000.0
+    found = group_norm_silu(x, 2, None, None, 1e-5, silu=False)
+    exact = F.group_norm(x.double(), 2, None, None, 1e-5)
+    assert ((found - exact).abs().max() / exact.abs().max()).item() < 1e-6
+
+
+def test_keeps_only_its_input_and_two_numbers_a_group():
+    x, weight, bias = layer(3, 8, 10, 10)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5)
+    assert sorted(t.numel() for t in kept) == [8, 8, 12, 12, 2400]
+
+
+def test_gradients_of_frozen_affine_are_not_made():
+    x, weight, bias = layer(2, 8, 6, 6)
+    out = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-5, True)
+    backward = torch.ops.hypersd.group_norm_silu_backward
+    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, True, False)
+    assert dx.shape == x.shape and dweight.numel() == dbias.numel() == 0
+    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, False, True)
+    assert dx.numel() == 0 and dweight.shape == dbias.shape == (8,)
+
+
+def test_constant_groups_and_numbers_out_of_range():
+    x = torch.full((1, 4, 2, 2), 3.0)
+    y = group_norm_silu(x, 2, None, torch.tensor([0.0, 1.0, -200.0, 200.0]), 1e-5)
+    expected = F.silu(torch.tensor([0.0, 1.0, -200.0, 200.0])).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-30)
+    x[0, 0, 0, 0] = float("nan")
+    y = group_norm_silu(x, 2, None, None, 1e-5)
+    assert y[0, :2].isnan().all() and not y[0, 2:].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"num_groups": 0}, ValueError, "num_groups: got 0, expected a divisor of the 8 channels"),
+        ({"num_groups": 3}, ValueError, "num_groups: got 3"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight: got shape \(4,\), expected \(8,\)"),
+        ({"bias": torch.ones(8, dtype=torch.int32)}, TypeError, "bias: got torch.int32"),
+        ({"x": torch.ones(8)}, ValueError, r"x: got shape \(8,\), expected \(batch, channels"),
+        ({"x": torch.ones(2, 8, dtype=torch.long)}, TypeError, "x: got torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_bad_input_is_named(changes, error, said, implementation):
+    x, weight, bias = layer(2, 8, 3, 3)
+    arguments = {"x": x, "num_groups": 4, "weight": weight, "bias": bias, "eps": 1e-5} | changes
+    with use(implementation), pytest.raises(error, match=said):
+        group_norm_silu(**arguments)
