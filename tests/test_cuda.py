@@ -15,7 +15,8 @@ from torch import Tensor
 from hypersd.distill import trainer as training
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.method import Context, Draw
-from hypersd.distill.recipe import Recipe, TSCDStage
+from hypersd.distill.recipe import Recipe
+from hypersd.distill.stages import TSCDStage
 from hypersd.distill.tscd import TSCD
 from hypersd.models import (
     Backbone,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
-from hypersd.distill.recipe import BaseStage
+from hypersd.distill.stages import BaseStage
 from hypersd.models.noise_process import NoiseProcess
 
 STUDENT, EMA, PREVIOUS, BASE = "student", "ema", "previous", "base"

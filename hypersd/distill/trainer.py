@@ -20,7 +20,8 @@ from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
-from hypersd.distill.recipe import BaseStage, Recipe, TSCDStage
+from hypersd.distill.recipe import Recipe
+from hypersd.distill.stages import BaseStage, TSCDStage
 from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, EMA, PREVIOUS, STUDENT, Context, Draw
-from hypersd.distill.recipe import TSCDStage
 from hypersd.distill.segments import SegmentGrid
+from hypersd.distill.stages import TSCDStage
 from hypersd.kernels import affine_step, consistency_loss
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.timesteps import trailing

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import Context, Draw
-from hypersd.distill.recipe import TSCDStage
 from hypersd.distill.segments import SegmentGrid
+from hypersd.distill.stages import TSCDStage
 from hypersd.distill.tscd import TSCD, perturbed_noise, slope
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.sampler import sampler_for
