@@ -47,6 +47,7 @@ class Format(str, Enum):
 
 class Solver(str, Enum):
     ddim = "ddim"
+    dpmpp_2m = "dpmpp_2m"
     tcd = "tcd"
     lcm = "lcm"
 

@@ -26,9 +26,9 @@ def save_lora(
 ) -> Path:
     """Write a role as safetensors, atomically, fp32.
 
-    `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, tcd, lcm), `steps` ("1,2,4,8"),
-    `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here: `rank`,
-    `alpha`, `base_model` (fingerprint), `lora_format`. Raises HypersdError when the file cannot be written.
+    `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, dpmpp_2m, tcd, lcm), `steps`
+    ("1,2,4,8"), `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here:
+    `rank`, `alpha`, `base_model` (fingerprint), `lora_format`. Raises HypersdError when the file cannot be written.
     """
     state = backbone.lora_state_dict(role, format)
     slots = backbone.role_slots(role)

@@ -12,6 +12,7 @@ _HOME = {
     "trailing": "timesteps",
     "Table": "solvers",
     "ddim": "solvers",
+    "dpmpp_2m": "solvers",
     "lcm": "solvers",
     "tcd": "solvers",
     "denoiser": "sampler",

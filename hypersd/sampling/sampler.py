@@ -19,6 +19,7 @@ from hypersd.sampling import solvers
 from hypersd.sampling.solvers import Table
 from hypersd.sampling.timesteps import lcm_grid, trailing
 
+SOLVERS = ("ddim", "dpmpp_2m", "tcd", "lcm")
 Denoise = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -41,9 +42,9 @@ def sample(
     coef = torch.from_numpy(table.coef)  # on the host: the numbers of a row travel with the launch
     kind = torch.float32 if table.timesteps.dtype.kind == "f" else torch.int64
     is_guided, is_noisy = table.is_guided, table.coef[:, 4] != 0
-    if table.coef[:, 3].any():
-        raise HypersdError("multistep tables (history) cannot be sampled yet")
-    x = x_T
+    keep = None if table.keep is None else torch.from_numpy(table.keep)
+    uses_history = [*(table.coef[1:, 3] != 0), False]
+    x, history = x_T, None
     for i, t in enumerate(table.timesteps.tolist()):
         m = denoise(x, torch.full((len(x),), t, dtype=kind, device=x.device))
         if isinstance(m, Tensor) is is_guided:
@@ -51,13 +52,10 @@ def sample(
             raise HypersdError(f"denoise must return {wanted} for this table")
         cond, uncond = m if is_guided else (m, None)
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) if is_noisy[i] else None
-        x = affine_step(
-            x,
-            cond.to(x.dtype),  # type: ignore[union-attr]
-            coef[i],
-            eps_uncond=None if uncond is None else uncond.to(x.dtype),
-            noise=noise,
-        )
+        cond = cond.to(x.dtype)  # type: ignore[union-attr]
+        uncond = None if uncond is None else uncond.to(x.dtype)
+        x_t, x = x, affine_step(x, cond, coef[i], eps_uncond=uncond, history=history, noise=noise)
+        history = affine_step(x_t, cond, keep[i], eps_uncond=uncond) if keep is not None and uses_history[i] else None
         if progress is not None:
             progress(i + 1, len(table))
     return x
@@ -91,12 +89,12 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
             f"the LoRA was made for {metadata['prediction_type']} and the model predicts {process.prediction_type}"
         )
     solver = metadata.get("solver", "tcd")
-    if solver not in ("ddim", "tcd", "lcm"):
-        raise HypersdError(f"the LoRA metadata names solver {solver!r}; ddim, tcd and lcm are known")
+    if solver not in SOLVERS:
+        raise HypersdError(f"the LoRA metadata names solver {solver!r}; known are {', '.join(SOLVERS)}")
     try:
         offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
         stored = json.loads(metadata.get("timesteps", "null"))
-        options = {"eta": float(metadata["eta"])} if "eta" in metadata and solver != "lcm" else {}
+        options = {"eta": float(metadata["eta"])} if "eta" in metadata and solver in ("ddim", "tcd") else {}
         guidance = float(metadata.get("guidance_scale", 1.0))
     except ValueError as error:
         raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
@@ -106,7 +104,7 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
     if grid is None or len(grid) != steps:
-        spaced = trailing if solver == "ddim" else lcm_grid
+        spaced = trailing if solver in ("ddim", "dpmpp_2m") else lcm_grid
         grid = spaced(steps, process.num_train_timesteps)
     make: Callable[..., Table] = getattr(solvers, solver)
     table = make(process, np.asarray(grid), **options)

@@ -20,11 +20,13 @@ class Table:
 
     timesteps (S,): what the network is fed, int64 for VP processes, float64 for flow. coef (S, 5) float64, in the order
     of `affine_step`: x_t, m conditional, m unconditional, history, noise. Column 2 is 0 in every row of a table without
-    classifier-free guidance.
+    classifier-free guidance. `keep` (S, 5), of multistep solvers only: the same kind of row, for what a step hands to
+    the next one as its history.
     """
 
     timesteps: NDArray[np.int64] | Array
     coef: Array
+    keep: Array | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -44,9 +46,8 @@ class Table:
             raise HypersdError("the table is guided already")
         if not np.isfinite(guidance_scale):
             raise HypersdError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        coef = self.coef.copy()
-        coef[:, 1], coef[:, 2] = guidance_scale * self.coef[:, 1], (1.0 - guidance_scale) * self.coef[:, 1]
-        return replace(self, coef=coef)
+        keep = None if self.keep is None else _split(self.keep, guidance_scale)
+        return replace(self, coef=_split(self.coef, guidance_scale), keep=keep)
 
 
 def ddim(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, eta: float = 0.0) -> Table:
@@ -138,11 +139,39 @@ def lcm_boundary(t: ArrayLike, timestep_scaling: float = 10.0, sigma_data: float
     return sigma_data**2 / norm, u / np.sqrt(norm)
 
 
+def dpmpp_2m(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike) -> Table:
+    """DPM-Solver++ 2M, the midpoint form (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order in
+    lambda = log(alpha / sigma) at one network evaluation a step.
+
+        x_p = sigma_p / sigma_t x_t + (alpha_p - sigma_p alpha_t / sigma_t) D
+        D = x_0 + h / (2 h_before) (x_0 - x_0 before),   h = lambda_p - lambda_t
+
+    The first step is of first order (D = x_0), and so is the last, which goes to the final point of the process.
+    """
+    t = _grid(process, timesteps)
+    (alpha_t, sigma_t), (alpha_p, sigma_p) = process.at(t), process.at(np.append(t[1:], -1))
+    x, data = sigma_p / sigma_t, alpha_p - sigma_p * alpha_t / sigma_t
+    before = np.zeros(len(t))  # the weight of (x_0 - x_0 before) in D
+    with np.errstate(divide="ignore"):  # flow models start at alpha = 0, whose first step needs no lambda
+        h = np.diff(np.log(alpha_t / sigma_t))
+    if len(h) > 1:
+        before[1:-1] = h[1:] / (2.0 * h[:-1])
+    clean = process.x0(t)
+    coef = rows(x[:, None] * np.array([1.0, 0.0]) + (data * (1.0 + before))[:, None] * clean, history=-data * before)
+    return Table(process.network_timestep(t), coef, rows(clean))
+
+
 def rows(pair: Array, *, history: Array | float = 0.0, noise: Array | float = 0.0) -> Array:
     """(..., 5) rows of `affine_step` from (..., 2) coefficients of x_t and m."""
     coef = np.zeros((*pair.shape[:-1], 5))
     coef[..., :2], coef[..., 3], coef[..., 4] = pair, history, noise
     return coef
+
+
+def _split(coef: Array, guidance_scale: float) -> Array:
+    split = coef.copy()
+    split[:, 1], split[:, 2] = guidance_scale * coef[:, 1], (1.0 - guidance_scale) * coef[:, 1]
+    return split
 
 
 def _grid(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
