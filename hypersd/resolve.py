@@ -154,10 +154,13 @@ def captions(prompts: list[str], file: Path | None) -> list[str]:
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(state, metadata) of a LoRA file; reading the header comes before any model is loaded."""
+    """(state, metadata) of a LoRA file; a published one that says nothing gets its rules from hypersd.sampling.presets.
+    Reading it comes before any model is loaded."""
     from hypersd.models.export import load_lora
+    from hypersd.sampling.presets import rules_for
 
-    return load_lora(path)
+    state, metadata = load_lora(path)
+    return state, rules_for(str(path), metadata)
 
 
 def load_with_lora(
@@ -168,7 +171,7 @@ def load_with_lora(
     backbone = Backbone(components.unet, roles=())
     if state:
         _check_base(backbone, metadata, model)
-        backbone.load_lora_state_dict(state, "lora")
+        backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
     return backbone, components, NoiseProcess.from_config(components.scheduler_config)
 
 
@@ -189,6 +192,6 @@ def convert(source: Path, target: Path, format: str, model: str) -> None:
     # memory that is never touched is never taken: only names and shapes of the network matter here
     backbone = Backbone(network_skeleton(model_folder(model)).to_empty(device="cpu"), roles=())
     _check_base(backbone, metadata, model)
-    backbone.load_lora_state_dict(state, "lora")
-    kept = {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
+    backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
+    kept = {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "lora_scale")}
     save_lora(target, backbone, "lora", kept, format)

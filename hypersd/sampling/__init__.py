@@ -15,6 +15,8 @@ _HOME = {
     "dpmpp_2m": "solvers",
     "lcm": "solvers",
     "tcd": "solvers",
+    "PRESETS": "presets",
+    "rules_for": "presets",
     "denoiser": "sampler",
     "sample": "sampler",
     "sampler_for": "sampler",
