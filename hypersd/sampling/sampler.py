@@ -17,7 +17,7 @@ from hypersd.models.backbone import Backbone
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import solvers
 from hypersd.sampling.solvers import Table
-from hypersd.sampling.timesteps import lcm_grid, trailing
+from hypersd.sampling.timesteps import lcm_grid, perflow_grid, trailing
 
 Denoise = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
@@ -91,12 +91,16 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
             f"the LoRA was made for {metadata['prediction_type']} and the model predicts {process.prediction_type}"
         )
     solver = metadata.get("solver", "tcd")
-    if solver not in ("ddim", "tcd", "lcm"):
-        raise HypersdError(f"the LoRA metadata names solver {solver!r}; ddim, tcd and lcm are known")
+    if solver not in ("ddim", "tcd", "lcm", "perflow"):
+        raise HypersdError(f"the LoRA metadata names solver {solver!r}; ddim, tcd, lcm and perflow are known")
     try:
         offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
         stored = json.loads(metadata.get("timesteps", "null"))
-        options = {"eta": float(metadata["eta"])} if "eta" in metadata and solver != "lcm" else {}
+        options: dict[str, Any] = {}
+        if solver == "perflow":
+            options["windows"] = int(metadata.get("windows", 4))
+        elif solver != "lcm" and "eta" in metadata:
+            options["eta"] = float(metadata["eta"])
         guidance = float(metadata.get("guidance_scale", 1.0))
     except ValueError as error:
         raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
@@ -106,8 +110,11 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
     if grid is None or len(grid) != steps:
-        spaced = trailing if solver == "ddim" else lcm_grid
-        grid = spaced(steps, process.num_train_timesteps)
+        if solver == "perflow":
+            grid = perflow_grid(steps, options["windows"], process.num_train_timesteps)
+        else:
+            spaced = trailing if solver == "ddim" else lcm_grid
+            grid = spaced(steps, process.num_train_timesteps)
     make: Callable[..., Table] = getattr(solvers, solver)
     table = make(process, np.asarray(grid), **options)
     return table.guided(guidance) if guidance > 1 else table
