@@ -50,6 +50,7 @@ class Solver(str, Enum):
     dpmpp_2m = "dpmpp_2m"
     tcd = "tcd"
     lcm = "lcm"
+    perflow = "perflow"
 
 
 @app.command()

@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or LCM_TARGETS)
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
-    roles = 2 + any(stage.teacher == "previous_stage" for stage in recipe.stages[1:])
+    roles = 2 + any(stage.needs_previous for stage in recipe.stages[1:])
     others = sum(
         p.stat().st_size
         for part in ("vae", "text_encoder", "text_encoder_2")
@@ -62,7 +62,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         # adapters of every role; gradient and two Adam moments of the student: all fp32
         "adapter_bytes": lora * 4 * (roles + 3),
         "stages": [
-            {"name": stage.name, "steps": stage.iterations, "teacher": stage.teacher} for stage in recipe.stages
+            {
+                "name": stage.name,
+                "steps": stage.iterations,
+                "teacher": "previous_stage" if stage.needs_previous and i > 0 else "base",
+            }
+            for i, stage in enumerate(recipe.stages)
         ],
         "samples_per_step": recipe.train.batch_size * recipe.train.accumulation,
     }

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hypersd.distill.stages import Beta, Positive, Probability, Section, Stage
+from hypersd.distill.stages import STAGES, Beta, Positive, Probability, Section, Stage
 from hypersd.errors import HypersdError
 
 if sys.version_info >= (3, 11):
@@ -90,14 +90,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
-        for i, stage in enumerate(self.stages):
-            if stage.needs_previous and i > 0:
-                before = self.stages[i - 1].steps
-                if stage.grid < before:
-                    raise ValueError(
-                        f"stages.{i}: grid = {stage.grid}, but one step of a teacher with {before} segments "
-                        f"must not leave a segment: grid >= {before}"
-                    )
+        for i, stage in enumerate(self.stages[1:], 1):
+            if stage.needs_previous:
+                try:
+                    stage.follow(self.stages[i - 1])
+                except ValueError as error:
+                    raise ValueError(f"stages.{i}: {error}") from None
         return self
 
 
@@ -180,10 +178,15 @@ def _one_line(error: ValidationError, document: dict[str, Any]) -> str:
     """The first problem of a validation error: an unknown key before anything else, for it often explains the rest."""
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not _is_tag(problem["loc"], i))
     if problem["type"] == "extra_forbidden":
         allowed = _keys(problem["loc"][:-1])
         line = f"{where}: unknown key{_nearest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    elif problem["type"] == "union_tag_not_found":
+        line = f"{where}.method: missing; one of {', '.join(STAGES)}"
+    elif problem["type"] == "union_tag_invalid":
+        found = str(problem["ctx"]["tag"])
+        line = f"{where}.method: found {found!r}, should be one of {', '.join(STAGES)}{_nearest(found, STAGES)}"
     elif problem["type"] == "missing":
         line = f"{where}: missing; this key has no default"
     elif problem["type"] == "value_error":
@@ -202,11 +205,16 @@ def _one_line(error: ValidationError, document: dict[str, Any]) -> str:
     return line + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
 
 
-def _keys(location: Iterable[str | int]) -> list[str]:
+def _is_tag(location: Sequence[str | int], index: int) -> bool:
+    """Behind the number of a stage, pydantic puts the method that it was read as."""
+    return index == 2 and location[0] == "stages" and location[2] in STAGES
+
+
+def _keys(location: Sequence[str | int]) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections: dict[str, type[BaseModel]] = {"model": Model, "data": Data, "lora": Lora, "train": Train, "stages": Stage}
-    section = next(iter(location), None)
-    model: type[BaseModel] = sections[str(section)] if section is not None else Recipe
+    sections: dict[str, type[BaseModel]] = {"model": Model, "data": Data, "lora": Lora, "train": Train}
+    section = location[2 if location[0] == "stages" else 0] if location else None
+    model: type[BaseModel] = Recipe if section is None else (sections | STAGES)[str(section)]
     return list(model.model_fields)
 
 

@@ -58,6 +58,16 @@ class SegmentGrid:
             t_prev = np.maximum(t_prev, boundary(t, teacher_segments, num_train_timesteps))
         return cls(t, t_prev, t_b)
 
+    @classmethod
+    def phased(cls, phases: int, num_points: int, num_train_timesteps: int = 1000) -> SegmentGrid:
+        """The phases of PCM: phase m begins with grid point floor(m N / k), and ends at the one below it (0)."""
+        t = grid(num_points, num_train_timesteps)
+        if not 1 <= phases <= len(t):
+            raise ValueError(f"phases must lie between 1 and {len(t)}, got {phases}")
+        t_prev = np.concatenate([[0], t[:-1]])
+        first = np.arange(phases) * len(t) // phases
+        return cls(t, t_prev, t_prev[first][np.searchsorted(first, np.arange(len(t)), side="right") - 1])
+
     def sample(
         self, rng: np.random.Generator, batch: int, policy: EndPolicy = "uniform", mix: float = 0.25
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

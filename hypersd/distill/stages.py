@@ -5,13 +5,14 @@ A new method adds its class here and one file, with its loss, beside tscd.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -39,12 +40,57 @@ class BaseStage(Section):
         """Whether the weights that the stage before ended with are kept as role "previous"."""
         return False
 
+    @property
+    def network_evaluations(self) -> float:
+        """What one sample costs in one optimizer step, at most: a forward pass is 1, a backward pass 2."""
+        raise NotImplementedError
 
-class TSCDStage(BaseStage):
+    def follow(self, before: BaseStage) -> None:
+        """Raises ValueError where this stage cannot be taught by what `before` trains; asked if it needs_previous."""
+
+
+class GuidedStage(BaseStage):
+    """`guidance_scale`: range that the teacher's g is drawn from, per sample, in the convention of diffusers,
+    u + g (c - u); the consistency-model papers' w is g - 1. [1, 1] is no guidance and half the teacher's passes."""
+
+    guidance_scale: Range = (7.0, 9.0)
+
+    @model_validator(mode="after")
+    def _range(self) -> GuidedStage:
+        if self.guidance_scale[0] > self.guidance_scale[1]:
+            raise ValueError(
+                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
+            )
+        return self
+
+    @property
+    def teacher_passes(self) -> int:
+        """Network evaluations of one solver step of the teacher."""
+        return 1 if self.guidance_scale == (1.0, 1.0) else 2
+
+
+class ConsistencyStage(GuidedStage):
+    """What the consistency methods have in common (hypersd.distill.parts).
+
+    `grid`: the number of timesteps that a start is drawn from. `target`: the network at the other end of the loss, the
+    EMA weights or the student's own.
+    """
+
+    grid: Positive = 50
+    loss: Literal["mse", "huber", "pseudo_huber", "l1"] = "pseudo_huber"
+    c: Annotated[float, Field(gt=0)] = 1e-3
+    target: Literal["ema", "online"] = "ema"
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
+
+    @property
+    def network_evaluations(self) -> float:
+        return self.teacher_passes + 1 + 3
+
+
+class TSCDStage(ConsistencyStage):
     """Trajectory segmented consistency distillation with `segments` segments (hypersd.distill.tscd).
 
-    `guidance_scale`: range that g is drawn from, per sample, in the convention of diffusers, u + g (c - u); the
-    consistency-model papers' w is g - 1. [1, 1] is no guidance and one teacher pass less.
     `teacher`: "base" is the undistilled model with guidance; "previous_stage" the EMA weights that the stage before
     ended with, in which guidance is already baked (in the first stage there is none before it: "base").
     `t_end`: where the two jumps of the loss meet, in [t_b, t_prev]: "uniform", "boundary", or "mixed", which is the
@@ -57,22 +103,13 @@ class TSCDStage(BaseStage):
     segments: Positive
     grid: Positive = 40
     teacher: Literal["base", "previous_stage"] = "base"
-    guidance_scale: Annotated[tuple[float, float], Field(strict=False)] = (7.0, 9.0)
     t_end: Literal["uniform", "boundary", "mixed"] = "mixed"
     t_end_mix: Probability = 0.25
-    loss: Literal["mse", "huber", "pseudo_huber", "l1"] = "pseudo_huber"
-    c: Annotated[float, Field(gt=0)] = 1e-3
     weighting: Literal["none", "inv_b2"] = "none"
-    target: Literal["ema", "online"] = "ema"
     offset_noise: Annotated[float, Field(ge=0)] = 0.1
-    pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
 
     @model_validator(mode="after")
     def _consistent(self) -> TSCDStage:
-        if self.guidance_scale[0] > self.guidance_scale[1]:
-            raise ValueError(
-                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
-            )
         if self.grid < self.segments:
             raise ValueError(f"grid = {self.grid} has fewer points than there are segments ({self.segments})")
         return self
@@ -89,6 +126,140 @@ class TSCDStage(BaseStage):
     def needs_previous(self) -> bool:
         return self.teacher == "previous_stage"
 
+    @property
+    def teacher_passes(self) -> int:
+        return 1 if self.needs_previous else super().teacher_passes
 
-# With the second method: Annotated[TSCDStage | OtherStage, Field(discriminator="method")].
-Stage = TSCDStage
+    def follow(self, before: BaseStage) -> None:
+        if not isinstance(before, TSCDStage | TCDStage):
+            raise ValueError(f'teacher = "previous_stage" needs a stage of tscd or tcd before it, not {before.name}')
+        if self.grid < before.segments:
+            raise ValueError(
+                f"grid = {self.grid}, but one step of a teacher with {before.segments} segments "
+                f"must not leave a segment: grid >= {before.segments}"
+            )
+
+
+class TCDStage(ConsistencyStage):
+    """Trajectory consistency distillation (hypersd.distill.tcd): TSCD with one segment, as its authors trained it."""
+
+    segments: ClassVar[int] = 1
+    teacher: ClassVar[Literal["base"]] = "base"
+    t_end: ClassVar[Literal["uniform"]] = "uniform"
+    t_end_mix: ClassVar[float] = 0.0
+
+    method: Literal["tcd"]
+    guidance_scale: Range = (3.0, 15.0)
+    weighting: Literal["none", "inv_b2"] = "none"
+    eta: Probability = 0.3  # of the sampler
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        return self.segments
+
+
+class LCMStage(ConsistencyStage):
+    """Latent consistency distillation (hypersd.distill.lcm)."""
+
+    method: Literal["lcm"]
+    guidance_scale: Range = (4.0, 16.0)
+    target: Literal["ema", "online"] = "online"
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        return 4
+
+
+class PCMStage(ConsistencyStage):
+    """Phased consistency model with `phases` phases (hypersd.distill.pcm)."""
+
+    method: Literal["pcm"]
+    phases: Positive
+    guidance_scale: Range = (5.0, 6.0)
+    target: Literal["ema", "online"] = "online"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PCMStage:
+        if self.grid < self.phases:
+            raise ValueError(f"grid = {self.grid} has fewer points than there are phases ({self.phases})")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.phases}"
+
+    @property
+    def steps(self) -> int:
+        return self.phases
+
+
+class TDDStage(ConsistencyStage):
+    """Target-driven distillation (hypersd.distill.tdd).
+
+    `sampling_steps`: the fewest and the most steps that sampling will take; their grids are the targets. `reach`: how
+    far below the nearest target another may lie, in timesteps. `target_noise`: a target t is moved down to as little as
+    (1 - target_noise) t. `sampling_guidance`: g of the sampler, above 1 only useful with data.caption_dropout.
+    """
+
+    method: Literal["tdd"]
+    grid: Positive = 250
+    guidance_scale: Range = (4.5, 4.5)
+    target: Literal["ema", "online"] = "online"
+    sampling_steps: Annotated[tuple[Positive, Positive], Field(strict=False)] = (4, 8)
+    reach: Positive = 260
+    target_noise: Probability = 0.3
+    eta: Probability = 0.2  # of the sampler
+    sampling_guidance: Annotated[float, Field(ge=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TDDStage:
+        low, high = self.sampling_steps
+        if not low <= high <= self.grid:
+            raise ValueError(f"sampling_steps {[low, high]} is not a range within 1 to grid ({self.grid})")
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        return self.sampling_steps[1]
+
+
+class PeRFlowStage(GuidedStage):
+    """Piecewise rectified flow over `windows` windows (hypersd.distill.perflow).
+
+    `solver_steps`: DDIM steps of the teacher through one window. `sampling_guidance`: g of the sampler, for a teacher
+    without guidance ([1, 1]).
+    """
+
+    method: Literal["perflow"]
+    windows: Positive = 4
+    solver_steps: Positive = 8
+    sampling_guidance: Annotated[float, Field(ge=1)] = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.windows}"
+
+    @property
+    def steps(self) -> int:
+        return self.windows
+
+    @property
+    def network_evaluations(self) -> float:
+        return self.solver_steps * self.teacher_passes + 3
+
+
+AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage
+Stage = Annotated[AnyStage, Field(discriminator="method")]
+STAGES: dict[str, type[BaseStage]] = {get_args(c.model_fields["method"].annotation)[0]: c for c in get_args(AnyStage)}

@@ -18,10 +18,15 @@ from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.interrupt import Interrupt
+from hypersd.distill.lcm import LCM
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
+from hypersd.distill.pcm import PCM
+from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.recipe import Recipe
-from hypersd.distill.stages import BaseStage, TSCDStage
+from hypersd.distill.stages import BaseStage, LCMStage, PCMStage, PeRFlowStage, TCDStage, TDDStage, TSCDStage
+from hypersd.distill.tcd import TCD
+from hypersd.distill.tdd import TDD
 from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
@@ -29,7 +34,14 @@ from hypersd.models.export import save_lora
 from hypersd.models.lora import LCM_TARGETS, LoraSpec
 from hypersd.models.noise_process import NoiseProcess
 
-METHODS: dict[type[BaseStage], type[Method]] = {TSCDStage: TSCD}
+METHODS: dict[type[BaseStage], type[Method]] = {
+    TSCDStage: TSCD,
+    TCDStage: TCD,
+    LCMStage: LCM,
+    PCMStage: PCM,
+    TDDStage: TDD,
+    PeRFlowStage: PeRFlow,
+}
 # what may differ between the recipe of a checkpoint and the one that resumes it
 FREE = ("checkpoint_every", "log_every", "threads")
 

@@ -17,9 +17,16 @@ from hypersd.models.backbone import Backbone
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import solvers
 from hypersd.sampling.solvers import Table
-from hypersd.sampling.timesteps import lcm_grid, trailing
+from hypersd.sampling.timesteps import lcm_grid, perflow_grid, trailing
 
-SOLVERS = ("ddim", "dpmpp_2m", "tcd", "lcm")
+# of each solver: its grid of N steps where a file stores none, and the options that its metadata may set
+SOLVERS: dict[str, tuple[Callable[..., Any], dict[str, type]]] = {
+    "ddim": (trailing, {"eta": float}),
+    "dpmpp_2m": (trailing, {}),
+    "tcd": (lcm_grid, {"eta": float}),
+    "lcm": (lcm_grid, {}),
+    "perflow": (perflow_grid, {"windows": int}),
+}
 Denoise = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -91,10 +98,11 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
     solver = metadata.get("solver", "tcd")
     if solver not in SOLVERS:
         raise HypersdError(f"the LoRA metadata names solver {solver!r}; known are {', '.join(SOLVERS)}")
+    spaced, options = SOLVERS[solver]
     try:
         offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
         stored = json.loads(metadata.get("timesteps", "null"))
-        options = {"eta": float(metadata["eta"])} if "eta" in metadata and solver in ("ddim", "tcd") else {}
+        given = {name: kind(metadata[name]) for name, kind in options.items() if name in metadata}
         guidance = float(metadata.get("guidance_scale", 1.0))
     except ValueError as error:
         raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
@@ -104,8 +112,8 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
     if grid is None or len(grid) != steps:
-        spaced = trailing if solver in ("ddim", "dpmpp_2m") else lcm_grid
-        grid = spaced(steps, process.num_train_timesteps)
+        windows = (given.get("windows", 4),) if solver == "perflow" else ()
+        grid = spaced(steps, *windows, process.num_train_timesteps)
     make: Callable[..., Table] = getattr(solvers, solver)
-    table = make(process, np.asarray(grid), **options)
+    table = make(process, np.asarray(grid), **given)
     return table.guided(guidance) if guidance > 1 else table

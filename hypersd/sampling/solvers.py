@@ -161,6 +161,49 @@ def dpmpp_2m(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike) -> Tab
     return Table(process.network_timestep(t), coef, rows(clean))
 
 
+def perflow(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, windows: int = 4) -> Table:
+    """PeRFlow (Yan et al. 2024, section 3): within each of the windows the trajectory is a straight line.
+
+    From t in a window with top s and bottom e, r = (s - t) / (s - e) down the line, the network's direction d gives the
+    line's end x_e = (A x_t + (1 - r) B d) / (1 - r + r A), and a step to p covers (t - p) / (t - e) of what is left.
+    A step must not cross the bottom of its window: sample with at least one timestep at the top of each.
+    """
+    t = _grid(process, timesteps)
+    s, e = perflow_windows(t, windows, process.num_train_timesteps)
+    p = np.append(t[1:], -1)
+    if (p < e).any():
+        raise HypersdError(f"timesteps {t.tolist()[:8]} skip one of the {windows} windows of this model; take more")
+    scale, length = chord(process, s, e)
+    r, covered = (s - t) / (s - e), (t - p) / (t - e)
+    left = 1.0 - r + r * scale
+    identity = np.array([1.0, 0.0])
+    end = (scale / left)[:, None] * identity + ((1.0 - r) * length / left)[:, None] * direction(process, t)
+    return Table(process.network_timestep(t), rows(identity + covered[:, None] * (end - identity)))
+
+
+def perflow_windows(t: ArrayLike, windows: int, T: int = 1000) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(top, bottom) of each timestep's window, bottom < t <= top; the last bottom is -1, the final point."""
+    edges = np.arange(windows + 1, dtype=np.int64) * T // windows - 1
+    top = np.searchsorted(edges, np.asarray(t), side="left")
+    return edges[top], edges[top - 1]
+
+
+def chord(process: NoiseProcess, s: ArrayLike, e: ArrayLike) -> tuple[Array, Array]:
+    """(A, B) with x_e = A x_s + B d, the first-order jump: d is the noise (VP) or the velocity (flow). So B is what an
+    error of the network's estimate of d is multiplied by."""
+    (alpha_s, sigma_s), (alpha_e, sigma_e) = process.at(s), process.at(e)
+    if process.kind == "flow":
+        return np.ones_like(sigma_e), sigma_e - sigma_s
+    return alpha_e / alpha_s, sigma_e - sigma_s * alpha_e / alpha_s
+
+
+def direction(process: NoiseProcess, t: ArrayLike) -> Array:
+    """(..., 2): the d of a `chord` as coefficients of (x_t, m)."""
+    if process.kind == "flow":
+        return np.zeros((*np.shape(t), 2)) + np.array([0.0, 1.0])
+    return process.eps(t)
+
+
 def rows(pair: Array, *, history: Array | float = 0.0, noise: Array | float = 0.0) -> Array:
     """(..., 5) rows of `affine_step` from (..., 2) coefficients of x_t and m."""
     coef = np.zeros((*pair.shape[:-1], 5))

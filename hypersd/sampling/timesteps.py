@@ -42,6 +42,20 @@ def lcm_grid(num_steps: int, T: int = 1000, original_steps: int = 50, *, strengt
     )
 
 
+def perflow_grid(num_steps: int, windows: int, T: int = 1000) -> Steps:
+    """The steps shared out to PeRFlow's windows, the noisier ones first, and spread evenly in each from its top."""
+    _check(num_steps, T)
+    if num_steps < windows:
+        raise HypersdError(f"{num_steps} steps do not reach all {windows} windows; take at least {windows}")
+    edges = np.arange(windows, -1, -1, dtype=np.int64) * T // windows - 1
+    shares = [num_steps // windows + (i < num_steps % windows) for i in range(windows)]
+    parts = [
+        np.linspace(top, bottom, n, endpoint=False)
+        for top, bottom, n in zip(edges[:-1], edges[1:], shares, strict=True)
+    ]
+    return np.floor(np.concatenate(parts)).astype(np.int64)
+
+
 def subsample(grid: Steps, num_steps: int) -> Steps:
     """`num_steps` points of an ascending grid, evenly spaced by index from the top, in descending order."""
     if num_steps > len(grid):

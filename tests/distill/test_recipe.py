@@ -53,7 +53,10 @@ def test_overrides() -> None:
         ("train.batch_size=0", "train.batch_size: found 0, should be greater than or equal to 1"),
         ("train.learning_rate=nan", "train.learning_rate: found nan, should be a finite number"),
         ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
-        ("stages.0.method=tscx", "stages.0.method: found 'tscx', should be 'tscd'; did you mean 'tscd'?"),
+        (
+            "stages.0.method=tscx",
+            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow; did you mean 'tscd'?",
+        ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),
         ("stages.9.grid=4", "stages has entries 0 to 3, found '9'"),

@@ -1,0 +1,145 @@
+"""What the methods are made of: noisy starts, one guided step of the teacher, network outputs where they count, and the
+loss that all consistency methods have in common.
+
+A method computes coefficients in float64 on the host; what happens to a latent is one affine_step or consistency_loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from hypersd.distill.data import Batch
+from hypersd.distill.method import BASE, EMA, STUDENT, Context, Draw
+from hypersd.distill.stages import ConsistencyStage
+from hypersd.kernels import affine_step, consistency_loss
+from hypersd.models.noise_process import NoiseProcess
+
+Cond = dict[str, Tensor]
+
+
+class Consistency:
+    """A consistency method: the student's map from x_t must agree with the target network's map from x_t', where the
+    teacher's solver step takes x_t to x_t'.
+
+    A subclass draws the timesteps (`points`) and says what the two maps are (`loss_coef`), jumps unless told.
+    """
+
+    teacher_role = BASE
+
+    def __init__(self, stage: ConsistencyStage, context: Context) -> None:
+        self.stage, self.context, self.process = stage, context, context.process
+        self.guided = stage.guidance_scale != (1.0, 1.0)
+        self.target_role = EMA if stage.target == "ema" else STUDENT
+
+    def points(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(t, t_prev, t_end), each int64 (size,): a start, where the teacher's step lands, where both maps end."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """Scalar mean over the batch. latents (B, C, ...), one t, t_end and guidance scale per sample."""
+        stage, x_0, cond = self.stage, batch.latents, batch.cond
+        size = len(x_0)
+        t, t_prev, t_end = self.points(draw.host, size)
+        guidance = draw.host.uniform(*stage.guidance_scale, size)
+        pure = (t == self.process.num_train_timesteps - 1) & (draw.host.random(size) < stage.pure_noise)
+        noise = perturbed_noise(x_0, stage.offset_noise, draw)
+        x_t = affine_step(x_0, noise, on_device(self.diffuse_coef(t, pure), x_0))
+        coef = self.loss_coef(t, t_prev, t_end)
+        with torch.no_grad():
+            teacher = self.teacher_coef(t, t_prev, guidance)
+            x_prev = teacher_step(self.context, self.teacher_role, x_t, t, cond, teacher, self.guided)
+            m_target = output_where(self.context, self.target_role, x_prev, t_prev, cond, coef[:, 3] != 0)
+        m = self.context.backbone(x_t, network_time(self.process, t, x_0), cond, role=STUDENT)
+        return consistency_loss(m, x_t, m_target, x_prev, on_device(coef, x_0), kind=stage.loss, c=stage.c)
+
+    def diffuse_coef(self, t: np.ndarray, pure: np.ndarray) -> np.ndarray:
+        """(B, 2): x_t = c0 x_0 + c1 noise; (0, 1) where the start is pure noise."""
+        return np.where(pure[:, None], np.array([0.0, 1.0]), self.process.diffuse(t))
+
+    def teacher_coef(self, t: np.ndarray, t_prev: np.ndarray, guidance: np.ndarray) -> np.ndarray:
+        """(B, 3) of x_t, m_cond, m_uncond: the jump t -> t_prev with m = u + g (c - u)."""
+        return guided_coef(self.process.jump(t, t_prev), guidance if self.guided else np.ones_like(guidance))
+
+    def loss_coef(self, t: np.ndarray, t_prev: np.ndarray, t_end: np.ndarray) -> np.ndarray:
+        """(B, 4) of x_t, m, x_prev, m_target. Where the last is 0 the target is x_prev itself: no network is asked."""
+        return np.concatenate([self.process.jump(t, t_end), self.process.jump(t_prev, t_end)], axis=-1)
+
+
+def guided_coef(jump: np.ndarray, guidance: np.ndarray) -> np.ndarray:
+    """(B, 3) of x_t, m_cond, m_uncond from (B, 2) of x_t and m = u + g (c - u); guidance (B,)."""
+    return np.stack([jump[:, 0], jump[:, 1] * guidance, jump[:, 1] * (1.0 - guidance)], axis=-1)
+
+
+def teacher_step(
+    context: Context, role: str, x_t: Tensor, t: np.ndarray, cond: Cond, coef: np.ndarray, guided: bool
+) -> Tensor:
+    """One solver step by `coef` (B, 3), see guided_coef; both guidance branches run as one batch of 2 B, and without
+    guidance there is one."""
+    backbone, time = context.backbone, network_time(context.process, t, x_t)
+    if not guided:
+        return affine_step(x_t, backbone(x_t, time, cond, role=role), on_device(coef[:, :2], x_t))
+    both = {k: torch.cat([v, context.uncond.get(k, v).expand_as(v)]) for k, v in cond.items()}
+    m_cond, m_uncond = backbone(torch.cat([x_t, x_t]), torch.cat([time, time]), both, role=role).chunk(2)
+    return affine_step(x_t, m_cond, on_device(coef, x_t), eps_uncond=m_uncond)
+
+
+def output_where(context: Context, role: str, x: Tensor, t: np.ndarray, cond: Cond, needed: np.ndarray) -> Tensor:
+    """The network's output in the rows where it is needed, zeros elsewhere; the network sees the former only."""
+    rows = np.flatnonzero(needed)
+    if len(rows) == len(t):
+        return context.backbone(x, network_time(context.process, t, x), cond, role=role)
+    output = torch.zeros_like(x)
+    if len(rows):
+        index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+        some = {k: v[index] for k, v in cond.items()}
+        m = context.backbone(x[index], network_time(context.process, t[rows], x), some, role=role)
+        output[index] = m.to(output.dtype)
+    return output
+
+
+def perturbed_noise(like: Tensor, strength: float, draw: Draw) -> Tensor:
+    """N(0, I) in the shape of `like`, plus `strength` times one normal number per (sample, channel): offset noise."""
+    noise = draw.normal(like.shape, like)
+    if strength > 0:
+        noise += strength * draw.normal((*like.shape[:2], *[1] * (like.dim() - 2)), like)
+    return noise
+
+
+def network_time(process: NoiseProcess, t: np.ndarray, like: Tensor) -> Tensor:
+    """What the network is fed for the indices t, on the device of `like`."""
+    time = process.network_timestep(t)
+    return torch.from_numpy(time).to(like.device, like.dtype if time.dtype.kind == "f" else None, non_blocking=True)
+
+
+def on_device(values: np.ndarray, like: Tensor) -> Tensor:
+    """A coefficient tensor for the kernels: (B, 5) for the sums (missing terms 0), (B, 4) as it is."""
+    if values.shape[1] < 4:
+        values = np.pad(values, ((0, 0), (0, 5 - values.shape[1])))
+    return torch.from_numpy(values).to(like.device, non_blocking=True)
+
+
+def sampling_metadata(
+    method: str,
+    process: NoiseProcess,
+    solver: str,
+    grids: Mapping[int, ArrayLike],
+    *,
+    eta: float | None = None,
+    guidance: float = 1.0,
+) -> dict[str, str]:
+    """The metadata of a LoRA file (see hypersd.models.export); `grids`: number of steps -> timesteps, descending."""
+    found = {
+        "method": method,
+        "prediction_type": process.prediction_type,
+        "solver": solver,
+        "steps": ",".join(map(str, grids)),
+        "timesteps": json.dumps({str(n): np.asarray(grid).tolist() for n, grid in grids.items()}),
+        "guidance_scale": f"{guidance:g}",
+    }
+    return found if eta is None else found | {"eta": f"{eta:g}"}
