@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, jit, tl
@@ -44,9 +44,7 @@ def _case(name: str, *shape: int, shadow: bool = False, on_device: bool = False,
 
 
 CASES = (
-    _case("emoji_2258944", 2_258_944),
-    _case("emoji_2258944_graph", 2_258_944, shadow=True, on_device=True),
-    _case("sd15_16777216_graph", 16_777_216, shadow=True, on_device=True),
+    *_shapes.cases("adamw_ema_", _case),
     _case("odd_4099", 4_099, bench=False),
     _case("odd_17", 17, bench=False),
     _case("shadow", 3_333, shadow=True, bench=False),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, jit, tl
@@ -35,11 +35,7 @@ def _case(name: str, *shape: int, terms: int = 5, per_sample: bool = False, benc
 
 
 CASES = (
-    _case("emoji_b1_ddim_cfg", 1, 4, 16, 16, terms=3),
-    _case("emoji_b32_all", 32, 4, 16, 16, per_sample=True),
-    _case("sd15_b1_ddim_cfg", 1, 4, 64, 64, terms=3),
-    _case("sd15_b4_all", 4, 4, 64, 64, per_sample=True),
-    _case("sdxl_b4_all", 4, 4, 128, 128, per_sample=True),
+    *_shapes.cases("affine_step", _case),
     _case("ddim_2d", 17, 2, terms=2, per_sample=True, bench=False),
     _case("odd", 3, 5, 7, 11, per_sample=True, bench=False),
     _case("odd_b1", 1, 3, 33, 17, bench=False),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _attention, _native
+from hypersd.kernels import _attention, _native, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 
@@ -38,25 +38,7 @@ def _case(name: str, b: int, h: int, tq: int, tk: int, d: int, *, bench: bool = 
 
 
 CASES = (
-    _case("emoji_b32_64x16", 32, 4, 64, 16, 32),
-    _case("emoji_b32_64x64", 32, 4, 64, 64, 32),
-    _case("emoji_b32_16x16", 32, 4, 16, 16, 32),
-    _case("emoji_b64_64x16", 64, 4, 64, 16, 32),
-    _case("emoji_b64_64x64", 64, 4, 64, 64, 32),
-    _case("emoji_b32_256x16", 32, 4, 256, 16, 16),
-    _case("emoji_b32_256x256", 32, 4, 256, 256, 16),
-    _case("sd15_4096x77", 1, 8, 4096, 77, 40),
-    _case("sd15_1024x77", 1, 8, 1024, 77, 80),
-    _case("sd15_256x77", 1, 8, 256, 77, 160),
-    _case("sd15_64x77", 1, 8, 64, 77, 160),
-    _case("sd15_4096x4096", 1, 8, 4096, 4096, 40),
-    _case("sd15_1024x1024", 1, 8, 1024, 1024, 80),
-    _case("sd15_256x256", 1, 8, 256, 256, 160),
-    _case("sd15_64x64", 1, 8, 64, 64, 160),
-    _case("sdxl_4096x77", 2, 10, 4096, 77, 64),
-    _case("sdxl_1024x77", 2, 20, 1024, 77, 64),
-    _case("sdxl_4096x4096", 1, 10, 4096, 4096, 64),
-    _case("sdxl_1024x1024", 1, 20, 1024, 1024, 64),
+    *_shapes.cases("attention", _case),
     _case("odd", 2, 3, 7, 5, 13, bench=False),
     _case("odd_d40", 2, 2, 70, 77, 40, bench=False),
     _case("odd_d80", 1, 2, 33, 77, 80, bench=False),

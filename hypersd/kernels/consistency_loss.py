@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, jit, tl
@@ -53,12 +53,7 @@ def _case(
 
 
 CASES = (
-    _case("emoji_b1", 1, 4, 16, 16),
-    _case("emoji_b32", 32, 4, 16, 16),
-    _case("sd15_b1", 1, 4, 64, 64),
-    _case("sd15_b4_weighted", 4, 4, 64, 64, weight=True),
-    _case("sd15_b4_mse", 4, 4, 64, 64, kind="mse"),
-    _case("sdxl_b4", 4, 4, 128, 128),
+    *_shapes.cases("consistency_loss", _case),
     _case("odd", 3, 5, 7, 11, bench=False),
     _case("odd_none", 3, 5, 7, 11, reduction="none", weight=True, bench=False),
     _case("odd_huber", 3, 5, 7, 11, kind="huber", weight=True, bench=False),

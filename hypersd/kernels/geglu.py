@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, jit, tl
@@ -32,14 +32,7 @@ def _case(name: str, *shape: int, bench: bool = True) -> Case:
 
 
 CASES = (
-    _case("emoji_b32_256x256", 32, 256, 512),
-    _case("emoji_b32_64x512", 32, 64, 1024),
-    _case("emoji_b32_16x512", 32, 16, 1024),
-    _case("sd15_4096x1280", 1, 4096, 2560),
-    _case("sd15_1024x2560", 1, 1024, 5120),
-    _case("sd15_256x5120", 1, 256, 10240),
-    _case("sdxl_4096x2560", 1, 4096, 5120),
-    _case("sdxl_1024x5120", 1, 1024, 10240),
+    *_shapes.cases("geglu", _case),
     _case("odd", 3, 5, 46, bench=False),
     _case("odd_wide", 2, 3, 2 * 1025, bench=False),
     _case("vector", 14, bench=False),

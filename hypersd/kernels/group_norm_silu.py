@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _group_norm, _rows
+from hypersd.kernels import _group_norm, _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config
@@ -48,24 +48,7 @@ def _case(
 
 
 CASES = (
-    _case("emoji_b32_64x16", 32, 64, 16, 16, groups=16),
-    _case("emoji_b32_128x8", 32, 128, 8, 8, groups=16),
-    _case("emoji_b32_128x4", 32, 128, 4, 4, groups=16),
-    _case("emoji_b32_256x8", 32, 256, 8, 8, groups=16),
-    _case("emoji_b32_128x8_plain", 32, 128, 8, 8, groups=16, silu=False),
-    _case("emoji_b32_64x16_last", 32, 64, 16, 16, groups=16, last=True),
-    _case("emoji_b32_128x8_last", 32, 128, 8, 8, groups=16, last=True),
-    _case("sd15_320x64", 1, 320, 64, 64, groups=32),
-    _case("sd15_640x32", 1, 640, 32, 32, groups=32),
-    _case("sd15_1280x16", 1, 1280, 16, 16, groups=32),
-    _case("sd15_960x64", 1, 960, 64, 64, groups=32),
-    _case("sd15_b2_320x64_last", 2, 320, 64, 64, groups=32, last=True),
-    _case("sd15_640x32_last", 1, 640, 32, 32, groups=32, last=True),
-    _case("sd15_1280x16_last", 1, 1280, 16, 16, groups=32, last=True),
-    _case("sd15_320x64_plain_last", 1, 320, 64, 64, groups=32, silu=False, last=True),
-    _case("sdxl_b2_320x128_last", 2, 320, 128, 128, groups=32, last=True),
-    _case("sdxl_b2_640x64_last", 2, 640, 64, 64, groups=32, last=True),
-    _case("sdxl_b2_1280x32_last", 2, 1280, 32, 32, groups=32, last=True),
+    *_shapes.cases("group_norm_silu", _case),
     _case("odd", 3, 10, 7, 5, groups=5, bench=False),
     _case("odd_last", 3, 10, 7, 5, groups=5, last=True, bench=False),
     _case("odd_wide_last", 2, 33, 37, 29, groups=3, mean=0.0, last=True, bench=False),

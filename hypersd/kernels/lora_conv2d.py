@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_rows
+from hypersd.kernels import _lora, _lora_rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 
@@ -49,18 +49,7 @@ def _case(
 
 
 CASES = (
-    _case("sd15_320_64", 1, 320, 320, 64, 3, 64),
-    _case("sd15_640_32", 1, 640, 640, 32, 3, 64),
-    _case("sd15_1280_16", 1, 1280, 1280, 16, 3, 64),
-    _case("emoji_64_16", 32, 64, 64, 16, 3, 32),
-    _case("emoji_64_16_last", 32, 64, 64, 16, 3, 32, channels_last=True),
-    _case("emoji_128_8", 32, 128, 128, 8, 3, 32),
-    _case("emoji_128_4_last", 32, 128, 128, 4, 3, 32, channels_last=True),
-    _case("emoji_256_128_8_last", 32, 256, 128, 8, 3, 32, channels_last=True),
-    _case("emoji_192_64_16_last", 32, 192, 64, 16, 3, 32, channels_last=True),
-    _case("emoji_192_4", 32, 192, 192, 4, 3, 32),
-    _case("emoji_down_64", 32, 64, 64, 16, 3, 32, stride=2),
-    _case("emoji_shortcut", 32, 192, 64, 16, 1, 32),
+    *_shapes.cases("lora_conv2d", _case),
     _case("odd", 3, 5, 7, 9, 3, 2, bias=False, bench=False),
     _case("odd_last", 2, 6, 5, 7, 3, 3, stride=2, channels_last=True, bench=False),
     _case("rank_1", 1, 4, 8, 5, 1, 1, bench=False),

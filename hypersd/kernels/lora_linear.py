@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_rows
+from hypersd.kernels import _lora, _lora_rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import on_device
@@ -44,22 +44,7 @@ def _case(name: str, m: tuple[int, ...], k: int, n: int, r: int, *, bias: bool =
 
 
 CASES = (
-    _case("sd15_4096x320x320", (1, 4096), 320, 320, 64),
-    _case("sd15_4096x320x2560", (1, 4096), 320, 2560, 64),
-    _case("sd15_1024x640x640", (1, 1024), 640, 640, 64, bias=False),
-    _case("sd15_256x1280x1280", (1, 256), 1280, 1280, 64, bias=False),
-    _case("sd15_77x768x640", (1, 77), 768, 640, 64, bias=False),
-    _case("sd15_77x768x320", (1, 77), 768, 320, 64, bias=False),
-    _case("emoji_256x64x64", (32, 256), 64, 64, 32, bias=False),
-    _case("emoji_256x64x512", (32, 256), 64, 512, 32),
-    _case("emoji_64x128x128", (32, 64), 128, 128, 32),
-    _case("emoji_64x128x1024", (32, 64), 128, 1024, 32),
-    _case("emoji_16x256x256", (32, 16), 256, 256, 32),
-    _case("emoji_64x512x128", (32, 64), 512, 128, 32),
-    _case("emoji_16x128x128", (32, 16), 128, 128, 32, bias=False),
-    _case("emoji_time_256x128", (32,), 256, 128, 32),
-    _case("emoji_text_16x128x64", (32, 16), 128, 64, 32, bias=False),
-    _case("emoji_text_16x128x256", (32, 16), 128, 256, 32, bias=False),
+    *_shapes.cases("lora_linear", _case),
     _case("odd", (3, 7), 13, 11, 5, bench=False),
     _case("vector", (), 24, 16, 4, bench=False),
     _case("rank_1", (2, 3, 5), 20, 36, 1, bias=False, bench=False),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_routed
+from hypersd.kernels import _lora, _lora_routed, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import check_numbers, on_device
@@ -51,15 +51,7 @@ def _case(
 
 
 CASES = (
-    _case("sd15_4x4096x320x320", (4, 4096), 320, 320, 64, (0, 1, -1, 0)),
-    _case("sd15_4x1024x640x640", (4, 1024), 640, 640, 64, (0, 1, -1, 0), bias=False),
-    _case("sd15_4x256x1280x1280", (4, 256), 1280, 1280, 64, (0, 1, 2, 3), bias=False),
-    _case("sd15_4x77x768x640", (4, 77), 768, 640, 64, (0, 1, -1, 0), bias=False),
-    _case("sdxl_4x4032x640x640", (4, 4032), 640, 640, 64, (0, 1, 2, 3)),
-    _case("emoji_32x256x64x64", (32, 256), 64, 64, 32, (0, 1, 2, -1) * 8, bias=False),
-    _case("emoji_32x64x128x1024", (32, 64), 128, 1024, 32, (0, 1, 2, -1) * 8),
-    _case("emoji_time_32x256x128", (32,), 256, 128, 32, (0, 1, 2, -1) * 8),
-    _case("emoji_one_slot", (32, 64), 128, 128, 32, (1,) * 32),
+    *_shapes.cases("lora_linear_routed", _case),
     _case("odd", (5, 7), 13, 11, 5, (1, -1, 0, 1, 1), bench=False),
     _case("odd_tail", (3, 2, 35), 24, 40, 8, (2, 0, 2), bench=False),
     _case("odd_long", (4, 77), 20, 36, 16, (0, 1, 0, -1), bench=False),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _rows
+from hypersd.kernels import _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config, Program, jit, tl
@@ -39,10 +39,7 @@ def _case(name: str, *shape: int, weight: bool = False, bench: bool = True) -> C
 
 
 CASES = (
-    _case("emoji_b1", 1, 4, 16, 16),
-    _case("emoji_b32", 32, 4, 16, 16),
-    _case("sd15_b4_weighted", 4, 4, 64, 64, weight=True),
-    _case("sdxl_b4", 4, 4, 128, 128),
+    *_shapes.cases("score_gradient", _case),
     _case("odd", 3, 5, 7, 11, bench=False),
     _case("odd_weighted", 3, 5, 7, 11, weight=True, bench=False),
     _case("plane", 37, 2, bench=False),
