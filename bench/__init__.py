@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from .harness import main
+from typing import Any
 
-__all__ = ["main"]
+
+def main(*args: Any, **options: Any) -> int:
+    """As bench.run.main, loaded when called."""
+    from .run import main as run
+
+    return run(*args, **options)

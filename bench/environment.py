@@ -35,6 +35,17 @@ def _commit() -> str:
         return "unknown"
 
 
+def _gpu_state() -> dict[str, str]:
+    """Driver and clocks, as nvidia-smi says them; nothing where it is not there."""
+    asked = {"driver": "driver_version", "sm_clock": "clocks.sm", "memory_clock": "clocks.mem", "sm_clock_max": "clocks.max.sm"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(asked, (value.strip() for value in said.split(",")), strict=False))
+
+
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """The stamp of a benchmark row."""
     gpu = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
@@ -45,7 +56,8 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **{name: _version(name) for name in ("triton", "diffusers", "peft")},
+        **{name: _version(name) for name in ("triton", "diffusers", "peft", "liger-kernel")},
+        **(_gpu_state() if gpu else {}),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from hypersd.kernels._cost import Ceiling
 
 Call = Callable[[], Any]
+Step = Callable[[], Call]  # does what is not timed, and returns what is
 MAX_COPIES = 64
 MIN_CALLS = 10
 MIN_ROUNDS = 7
@@ -34,14 +35,15 @@ def cloned(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) and v.is_cuda else v for k, v in inputs.items()}
 
 
-def microseconds(rounds: dict[str, tuple[Call, int]], seconds: float) -> dict[str, list[float]]:
+def microseconds(rounds: dict[str, tuple[Step, int]], seconds: float) -> dict[str, list[float]]:
     """Time of each provider's round by CUDA events, divided by its count; the providers take turns."""
     samples: dict[str, list[float]] = {name: [] for name in rounds}
     order = list(rounds)
     stop = time.perf_counter() + seconds
     while order and (len(samples[order[0]]) < MIN_ROUNDS or time.perf_counter() < stop):
         for name in order:
-            run, count = rounds[name]
+            prepare, count = rounds[name]
+            run = prepare()
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             first.record()
@@ -53,18 +55,23 @@ def microseconds(rounds: dict[str, tuple[Call, int]], seconds: float) -> dict[st
     return samples
 
 
-def calls(steps: dict[str, Sequence[Call]], seconds: float) -> dict[str, list[float]]:
+def calls(steps: dict[str, Sequence[Step]], seconds: float) -> dict[str, list[float]]:
     """Microseconds of a call as a program makes it, many in a row."""
-    rounds: dict[str, tuple[Call, int]] = {}
+    rounds: dict[str, tuple[Step, int]] = {}
     for name, made in steps.items():
         many = list(made) * -(-MIN_CALLS // len(made))
 
-        def run(many: list[Call] = many) -> None:
-            for call in many:
-                call()
+        def prepare(many: list[Step] = many) -> Call:
+            ready = [step() for step in many]
 
-        run()
-        rounds[name] = (run, len(many))
+            def run() -> None:
+                for call in ready:
+                    call()
+
+            return run
+
+        prepare()()
+        rounds[name] = (prepare, len(many))
     return microseconds(rounds, seconds)
 
 
@@ -98,7 +105,7 @@ def calibrate() -> Ceiling:
     """What this device reaches: bytes per second of a copy, FLOP per second of large products, seconds per kernel."""
 
     def best(call: Call, count: int) -> float:
-        return 1e-6 * min(calls({"": [call] * count}, 0.1)[""])
+        return 1e-6 * min(calls({"": [lambda: call] * count}, 0.1)[""])
 
     with torch.no_grad():
         one, other = (torch.empty(2**28, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
@@ -111,7 +118,7 @@ def calibrate() -> Ceiling:
             rates[dtype] = 2 * size**3 / best(lambda p=p, q=q, out=out: torch.mm(p, q, out=out), 10)
         small = torch.zeros(1, device="cuda")
         replayed, _ = graph([lambda: small.add_(1)] * 200)
-        launch = 1e-6 * min(microseconds({"": (replayed.replay, 200)}, 0.05)[""])
+        launch = 1e-6 * min(microseconds({"": (lambda: replayed.replay, 200)}, 0.05)[""])
     return Ceiling(bandwidth, rates, launch, "measured on this device when the benchmark began")
 
 

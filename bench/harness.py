@@ -1,33 +1,32 @@
 """Correctness first, then time: every provider is judged against float64, and only what passes is timed.
 
 Providers of one case run interleaved in one process, so that a busy machine slows all alike; figures are the 20th, 50th
-and 80th percentile of single calls, and the ratio of medians is what may be quoted. On a GPU a row of mode "forward" or
-"full" is the call as a program makes it, "forward graph" and "full graph" the GPU's work alone: see gpu.py.
+and 80th percentile of single calls, and the ratio of medians is what may be quoted. Modes: "fwd" without gradients, "bwd"
+the backward alone, "full" the forward that keeps what backward needs, and the backward. On a GPU these are calls as a
+program makes them, "fwd graph" and "full graph" the GPU's work alone: see gpu.py.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from hypersd.kernels._cost import Ceiling, Cost, ceiling
+from hypersd.kernels._cost import Ceiling, Cost
 from hypersd.kernels._op import OPS, Op, use
 
 from . import gpu
-from .environment import environment
+from .memory import peak_bytes
 
 OURS, EAGER = "hypersd", "eager"
 MIN_ROUNDS = 7
+Call = Callable[[], Any]
+Step = Callable[[], Call]  # does what is not timed, and returns what is
 
 
 @dataclass
@@ -59,7 +58,9 @@ class Result:
     over_ours: float | None = None
     bytes: float | None = None
     flops: float | None = None
-    of_roofline: float | None = None
+    of_roofline: float | None = None  # the least time that the device needs for the work, over ours or a peer's
+    launches: int | None = None  # of our kernels, by cost()
+    peak_bytes: int | None = None  # held at once during one call, above what was held before
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,17 +117,17 @@ def verdict(own: float, eager: float, dtype: torch.dtype) -> str:
 # ---- time -------------------------------------------------------------------------------------------------------
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     """Microseconds of single calls, the providers taking turns until `seconds` have passed."""
-    for call in calls.values():
-        call()
-        call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    for prepare in steps.values():
+        prepare()()
+        prepare()()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
     stop = time.perf_counter() + seconds
     while len(samples[order[0]]) < MIN_ROUNDS or time.perf_counter() < stop:
         for name in order:
-            call = calls[name]
+            call = steps[name]()
             start = time.perf_counter_ns()
             call()
             samples[name].append((time.perf_counter_ns() - start) / 1e3)
@@ -134,20 +135,28 @@ def interleaved(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     return samples
 
 
-def step(runner: Runner, backward: bool) -> Callable[[], Any]:
-    """What is timed: the call, and with `backward` the gradients of all leaves, from none. Returns the call's value."""
-    if not backward:
-        return torch.no_grad()(runner.call)
+def step(runner: Runner, mode: str) -> Step:
+    """What is timed. A "fwd" or "full" call returns the values; those of backward are gradients of all leaves, from none."""
+    if mode == "fwd":
+        forward = torch.no_grad()(runner.call)
+        return lambda: forward
     first = runner.call()
     upstream = _upstreams((first,) if isinstance(first, Tensor) else first)
     leaves = list(runner.leaves.values())
 
-    def both() -> Any:
+    def backward(y: Any) -> Any:
+        return torch.autograd.grad((y,) if isinstance(y, Tensor) else y, leaves, upstream)
+
+    def full() -> Any:
         y = runner.call()
-        torch.autograd.grad((y,) if isinstance(y, Tensor) else y, leaves, upstream)
+        backward(y)
         return y
 
-    return both
+    def after_forward() -> Call:
+        y = runner.call()
+        return lambda: backward(y)
+
+    return after_forward if mode == "bwd" else lambda: full
 
 
 def percentiles(samples: list[float]) -> tuple[float, float, float]:
@@ -174,11 +183,11 @@ def compare(
     graphs: bool = True,
     roof: Ceiling | None = None,
 ) -> list[Result]:
-    """Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together.
+    """The rows of one case and mode. Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together.
 
     On a GPU: `copies` are the same runners over other memory, taken in turns; `graphs` adds the rows of graph replay.
     """
-    backward = mode == "full"
+    backward = mode != "fwd"
     errors: dict[str, float] = {}
     why: dict[str, str] = {}
     for provider, runner in runners.items():
@@ -197,23 +206,25 @@ def compare(
         rows.append(Result(name, case, dtype_name, mode, provider, said, own if runner.same else None, eager))
     green = [row.provider for row in rows if row.green]
     if device == "cpu":
-        samples = interleaved({name: step(runners[name], backward) for name in green}, seconds)
+        samples = interleaved({name: step(runners[name], mode) for name in green}, seconds)
     else:
-        steps = {name: [step(each[name], backward) for each in (runners, *copies)] for name in green}
+        steps = {name: [step(each[name], mode) for each in (runners, *copies)] for name in green}
         samples = gpu.calls(steps, seconds)
-        if graphs:
+        if graphs and mode != "bwd":  # a backward belongs to the stream of its forward
             rows += _graphs(rows, steps, samples, exact, eager, dtype, seconds)
     for row in rows:
         timed = samples.get(row.provider + row.mode.removeprefix(mode), [])
         if timed and row.green:
             row.p20, row.p50, row.p80 = percentiles(timed)
             row.rounds = len(timed)
-    roof = roof or ceiling(device)
+            if row.mode == mode and mode != "bwd":
+                row.peak_bytes = peak_bytes(step(runners[row.provider], mode)(), device)
     for row in rows:
         ours = next((r.p50 for r in rows if r.provider == OURS and r.mode == row.mode), None)
         row.over_ours = round(row.p50 / ours, 3) if row.p50 and ours else None
         if cost is not None and not backward:
             row.bytes, row.flops = cost.bytes, cost.flops
+            row.launches = cost.launches if row.provider == OURS else None
             row.of_roofline = round(1e6 * roof.seconds(cost, dtype) / row.p50, 3) if roof and row.p50 else None
     return rows
 
@@ -224,7 +235,7 @@ def _first_line(failure: Exception) -> str:
 
 def _graphs(
     rows: list[Result],
-    steps: dict[str, list[Callable[[], Any]]],
+    steps: dict[str, list[Step]],
     samples: dict[str, list[float]],
     exact: dict[str, Tensor],
     eager: float,
@@ -240,12 +251,12 @@ def _graphs(
             continue
         said, own = "red: it does not fit into a graph", None
         try:
-            captured, values = gpu.graph(steps[row.provider])
+            captured, values = gpu.graph([prepare() for prepare in steps[row.provider]])
             if row.error is not None and not getattr(OPS.get(row.op), "mutated", ()):  # in place: changed by now
                 captured.replay()
                 own = error(named(values), exact)
             said = row.verdict if own is None else verdict(own, eager, dtype)
-            made[f"{row.provider} graph"] = (captured.replay, len(steps[row.provider]))
+            made[f"{row.provider} graph"] = (lambda replay=captured.replay: replay, len(steps[row.provider]))
         except RuntimeError as failure:
             said += f" ({_first_line(failure)})"
         found.append(replace(row, mode=f"{row.mode} graph", verdict=said, error=own))
@@ -294,12 +305,12 @@ def measure_op(
     *,
     device: str,
     dtypes: Sequence[torch.dtype],
-    shapes: str,
+    shapes: tuple[str, ...],
     peers: Sequence[str] | None,
     seconds: float,
-    roof: Ceiling | None = None,
+    roof: Callable[[Cost], Ceiling] | None = None,
 ) -> Iterable[list[Result]]:
-    """All bench cases of an operator, forward and (where differentiable) forward with backward."""
+    """The cases whose names start with one of `shapes`: forward, and where differentiable backward and both."""
     from .peers import eager, runners_for
 
     for case in op.cases:
@@ -310,113 +321,14 @@ def measure_op(
             if device == "cuda":  # the tables too, as graphs want them
                 inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-            for mode in ("forward", "full") if op.backward else ("forward",):
-                exact = outputs(eager(op, wide), mode == "full")
+            exact = outputs(eager(op, wide), bool(op.backward))
+            cost = op.cost(**inputs) if op.cost else None
+            more = gpu.copies(cost.bytes) - 1 if cost and device == "cuda" else 0
+            for mode in ("fwd", "bwd", "full") if op.backward else ("fwd",):
                 runners = runners_for(op, inputs, peers)
-                cost = op.cost(**inputs) if op.cost else None
-                more = gpu.copies(cost.bytes) - 1 if cost and device == "cuda" else 0
                 copies = [runners_for(op, gpu.cloned(inputs), peers) for _ in range(more)]
+                truth = {k: v for k, v in exact.items() if mode != "fwd" or k.startswith("y")}
                 yield compare(
-                    op.name, case.name, dtype, mode, exact, runners, seconds=seconds, cost=cost, device=device,
-                    copies=copies, roof=roof,
+                    op.name, case.name, dtype, mode, truth, runners, seconds=seconds, cost=cost, device=device,
+                    copies=copies, roof=roof(cost) if roof and cost else None,
                 )  # fmt: skip
-
-
-# ---- reporting --------------------------------------------------------------------------------------------------
-
-
-def show(rows: list[Result], console: Console) -> None:
-    """One line a case: our median, and each provider's time over ours."""
-    providers = [p for p in dict.fromkeys(row.provider for row in rows) if p != OURS]
-    table = Table(title=rows[0].op, title_justify="left", box=None, pad_edge=False)
-    for column in ("case", "dtype", "mode", "error / eager's", f"{OURS} us"):
-        table.add_column(column, justify="left" if column in ("case", "dtype", "mode") else "right", no_wrap=True)
-    for provider in providers:
-        table.add_column(f"{provider} /", justify="right", no_wrap=True)
-    for group in _groups(rows):
-        ours = group[OURS]
-        cells = [ours.case, ours.dtype, ours.mode, _ratio_of_errors(ours)]
-        cells.append(
-            f"{ours.p50:.1f} ({ours.p20:.1f}-{ours.p80:.1f})" if ours.p50 is not None else f"[red]{ours.verdict}"
-        )
-        for provider in providers:
-            row = group.get(provider)
-            cells.append("" if row is None else f"{row.over_ours:.2f}" if row.over_ours else f"[red]{row.verdict[:4]}")
-        table.add_row(*cells)
-    console.print(table)
-    for provider in providers:
-        for mode in dict.fromkeys(row.mode for row in rows):
-            ratios = [r.over_ours for r in rows if r.provider == provider and r.mode == mode and r.over_ours]
-            if ratios:
-                spread = f"median {statistics.median(ratios):.2f}, least {min(ratios):.2f}, most {max(ratios):.2f}"
-                console.print(f"  {provider} over {OURS}, {mode}: {spread} of {len(ratios)}")
-
-
-def _groups(rows: list[Result]) -> list[dict[str, Result]]:
-    groups: dict[tuple[str, str, str], dict[str, Result]] = {}
-    for row in rows:
-        groups.setdefault((row.case, row.dtype, row.mode), {})[row.provider] = row
-    return list(groups.values())
-
-
-def _ratio_of_errors(row: Result) -> str:
-    if row.error is None or not row.eager_error:
-        return "-" if row.error is None else f"{row.error:.0e} / 0"
-    return f"{row.error / row.eager_error:.2f}"
-
-
-def write(rows: list[Result], path: Path, stamp: dict[str, Any]) -> None:
-    """Append one JSON line a row."""
-    with path.open("a") as file:
-        for row in rows:
-            entry = {key: value for key, value in vars(row).items() if key != "extra"}
-            file.write(json.dumps(entry | row.extra | stamp) + "\n")
-
-
-def main(
-    ops: Sequence[str] = (),
-    *,
-    device: str = "cpu",
-    json_path: Path | None = None,
-    shapes: str = "",
-    dtypes: Sequence[str] | None = None,
-    peers: Sequence[str] | None = None,
-    seconds: float | None = None,
-    console: Console | None = None,
-) -> int:
-    """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
-    own rows is red, else 0; 2 for a name that is not known. `shapes` keeps the cases whose names start with it.
-
-    Defaults: float32 and bfloat16 and half a second a case and mode; on a GPU bfloat16 and 0.15 seconds.
-    """
-    dtypes = dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
-    seconds = seconds or (0.5 if device == "cpu" else 0.15)
-    from . import sampler, tscd_step
-
-    console = console or Console()
-    others = {"sampler_step": sampler.measure, "tscd_step": tscd_step.measure}
-    names = list(ops) or [*OPS, "sampler_step"]
-    unknown = sorted(set(names) - set(OPS) - set(others))
-    wrong = [name for name in dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
-    if unknown or wrong:
-        known = ", ".join([*OPS, *others])
-        console.print(f"no operator {unknown[0]}; known: {known}" if unknown else f"no dtype {wrong[0]}", style="red")
-        return 2
-    stamp = environment(device)
-    options: dict[str, Any] = {"device": device, "shapes": shapes, "peers": peers, "seconds": seconds}
-    roof = gpu.calibrate() if device == "cuda" else None
-    if roof:
-        stamp |= gpu.stamp(roof)
-    console.print(" ".join(f"{key}={value}" for key, value in stamp.items()), style="dim", soft_wrap=True)
-    options["dtypes"] = [getattr(torch, name) for name in dtypes]
-    red = False
-    for name in names:
-        rows: list[Result] = []
-        for group in measure_op(OPS[name], roof=roof, **options) if name in OPS else others[name](**options):
-            rows += group
-            if json_path is not None:
-                write(group, json_path, stamp)
-        if rows:
-            show(rows, console)
-        red = red or any(row.provider == OURS and not row.green for row in rows)
-    return int(red)

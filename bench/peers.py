@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -172,6 +173,45 @@ def adapter_loop(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(call, leaves)
 
 
+def liger_group_norm(op: Op, inputs: dict[str, Any]) -> Runner | None:
+    """Liger-Kernel's GroupNorm, which wants channels first, and torch's SiLU after it."""
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+    changed, leaves = with_leaves(op, inputs)
+    x, weight, bias, groups, eps = (changed[name] for name in ("x", "weight", "bias", "num_groups", "eps"))
+    if weight is None or not x.is_contiguous():
+        return None
+
+    def call() -> Tensor:
+        # three dimensions: with four its backward writes beside its memory (Liger-Kernel issue 1375)
+        y = LigerGroupNormFunction.apply(x.flatten(2), weight, bias, x.shape[1], groups, eps).view_as(x)
+        return F.silu(y) if changed["silu"] else y
+
+    return Runner(call, leaves)
+
+
+def liger_geglu(op: Op, inputs: dict[str, Any]) -> Runner:
+    """Liger-Kernel's GEGLU: it has the tanh approximation of GELU, so that it computes something else."""
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+    changed, leaves = with_leaves(op, inputs)
+
+    def call() -> Tensor:
+        value, gate = changed["x"].chunk(2, -1)
+        return LigerGELUMulFunction.apply(gate, value)
+
+    return Runner(call, leaves, same=False)
+
+
+def absent(name: str, device: str) -> dict[str, str]:
+    """The peers of an operator that cannot run here, and why."""
+    if "liger" not in PROVIDERS.get(name, {}):
+        return {}
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {"liger": "liger-kernel is not installed (pip install 'hypersd[peers]')"}
+    return {} if device == "cuda" else {"liger": "its kernels are Triton's and need a GPU"}
+
+
 PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
     "": {OURS: ours, EAGER: eager, "compile": compiled},
     "adamw_ema_": {"AdamW(fused)": torch_adamw},
@@ -181,6 +221,8 @@ PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] =
         "efficient": sdpa("EFFICIENT_ATTENTION"),
         "cudnn": sdpa("CUDNN_ATTENTION"),
     },
+    "geglu": {"liger": liger_geglu},
+    "group_norm_silu": {"liger": liger_group_norm},
     "clip_coefficient": {"clip_grad_norm_": torch_clip},
     "lora_linear": {"max-autotune": autotuned, "peft": peft, "base": base_layer},
     "lora_linear_routed": {"loop": adapter_loop, "base": base_layer},
@@ -192,5 +234,7 @@ def runners_for(op: Op, inputs: dict[str, Any], peers: Sequence[str] | None = No
     """Every provider of this operator but max-autotune, or those in `peers`; ours and eager always."""
     known = PROVIDERS[""] | PROVIDERS.get(op.name, {})
     asked = [name for name in known if name != "max-autotune"] if peers is None else [OURS, EAGER, *peers]
+    device = next(value.device.type for value in inputs.values() if isinstance(value, Tensor))
+    asked = [name for name in asked if name not in absent(op.name, device)]
     made = {name: make(op, inputs) for name, make in known.items() if name in asked}
     return {name: runner for name, runner in made.items() if runner is not None}

@@ -65,7 +65,7 @@ def _affine(name: str, m: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 
 def measure(
-    *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
+    *, device: str, dtypes: Sequence[torch.dtype], shapes: str | tuple[str, ...], peers: Sequence[str] | None, seconds: float
 ) -> Iterable[list[Result]]:
     """affine_step with a row of the table, our scheduler class, and diffusers' class, each one step."""
     for name in SOLVERS:
@@ -87,7 +87,7 @@ def measure(
                     DIFFUSERS: Runner(_step(_scheduler(diffusers, name, device), m, x)),
                 }
                 yield compare(
-                    "sampler_step", f"{name}_{shape_name}", dtype, "forward", exact, runners, seconds=seconds,
+                    "sampler_step", f"{name}_{shape_name}", dtype, "fwd", exact, runners, seconds=seconds,
                     device=device, yardstick=DIFFUSERS, graphs=name == "ddim",  # a graph cannot seed a generator
                 )  # fmt: skip
 

@@ -36,6 +36,7 @@ from hypersd.distill.trainer import Trainer
 from hypersd.models.lora import LCM_TARGETS
 
 from .harness import OURS, Result, percentiles
+from .memory import peak_bytes
 
 PEER = "diffusers+peft"
 BATCH, RANK, TOKENS = 32, 32, 16
@@ -223,27 +224,8 @@ def initial_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     }
 
 
-def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
-    """The largest running sum of torch's CPU allocations while `run` runs; on a GPU, above what was held before."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        kept = run()
-        return torch.cuda.max_memory_allocated() - held
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
-    del kept
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 def measure(
-    *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
+    *, device: str, dtypes: Sequence[torch.dtype], shapes: str | tuple[str, ...], peers: Sequence[str] | None, seconds: float
 ) -> Iterable[list[Result]]:
     """Steps taken in turns: ours by the trainer as it ships, the peer's in between. At least 5, for 20 * seconds."""
     unet = random_unet().to(device)
@@ -307,12 +289,10 @@ def _measure(
             # the first step of either side allocates and warms up
             row.p20, row.p50, row.p80 = percentiles(times[provider][1:])
             row.rounds = len(times[provider]) - 1
-            row.extra = {"peak_tensor_bytes": peak_bytes(run, device)}
+            row.peak_bytes = peak_bytes(run, device)
         rows.append(row)
     for row in rows:
         row.over_ours = round(row.p50 / rows[0].p50, 3) if row.p50 and rows[0].p50 else None
-        if row.extra:
-            row.extra["memory_over_ours"] = round(
-                row.extra["peak_tensor_bytes"] / rows[0].extra["peak_tensor_bytes"], 3
-            )
+        if row.peak_bytes and rows[0].peak_bytes:
+            row.extra["memory_over_ours"] = round(row.peak_bytes / rows[0].peak_bytes, 3)
     return rows

@@ -28,6 +28,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+try:
+    from hypersd.bench.cli import app as bench
+except ModuleNotFoundError:  # a checkout that is not installed
+    from bench.cli import app as bench
+app.add_typer(bench, name="bench")
 out_console, error_console = Console(), Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda")]
@@ -168,36 +173,6 @@ def evaluate(
     )  # fmt: skip
     _summary(metrics)
     _say(f"report: {out / 'report.html'}")
-
-
-@app.command()
-def bench(
-    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="operators to time [default: all]")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="also write one JSON line a row")
-    ] = None,
-    shapes: Annotated[str, typer.Option(help="only the cases of emoji, sd15 or sdxl [default: all]")] = "",
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="repeatable [default: float32 and bfloat16; on cuda bfloat16]")
-    ] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="only this peer; repeatable [default: all]")] = None,
-) -> None:
-    """Time the kernels against their peers; every row is checked for correctness before it is timed.
-
-    Beside the operators there are sampler_step and tscd_step, a solver step and a whole training step.
-    """
-    from hypersd import resolve
-
-    try:
-        from hypersd.bench import main as run_bench
-    except ModuleNotFoundError:  # a checkout that is not installed
-        from bench import main as run_bench
-
-    resolve.pick_device(device)
-    code = run_bench(ops or [], device=device, json_path=json_file, shapes=shapes, dtypes=dtype, peers=peer)
-    if code:
-        raise typer.Exit(code)
 
 
 @app.command()

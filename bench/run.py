@@ -1,0 +1,90 @@
+"""What `hypersd bench` runs: the operators asked for, over the shape sets asked for, reported as they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hypersd.kernels._op import OPS
+from hypersd.kernels._shapes import SETS
+
+from . import peers as peers_of
+from . import report, roofline
+from .environment import environment
+from .harness import OURS, Result, measure_op
+
+# what is quick: the embedded model on a CPU, and there torch.compile takes most of the time
+SHAPES = {"cpu": ("emoji",), "cuda": ("sd15", "sdxl")}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+SECONDS = {"cpu": 0.2, "cuda": 0.15}
+
+
+def others() -> dict[str, Callable[..., Iterable[list[Result]]]]:
+    """What is timed besides operators, by name."""
+    from . import sampler, tscd_step
+
+    return {"sampler_step": sampler.measure, "tscd_step": tscd_step.measure}
+
+
+def unknown(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str]) -> str:
+    """One line about the first name that is not known; empty when all are."""
+    for what, names, known in (
+        ("operator", ops, [*OPS, *others()]),
+        ("shape set", shapes, SETS),
+        ("dtype", dtypes, ("float32", "float64", "bfloat16", "float16")),
+    ):
+        for name in names:
+            if name not in known:
+                return f"no {what} {name}; known: {', '.join(known)}"
+    return ""
+
+
+def main(
+    ops: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+    shapes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    peers: Sequence[str] | None = None,
+    seconds: float | None = None,
+    console: Console | None = None,
+) -> int:
+    """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
+    own rows is red, else 0; 2 for a name that is not known. `seconds` is the time of a case, dtype and mode."""
+    console = console or Console()
+    names, shapes, dtypes = list(ops) or [*OPS, "sampler_step"], shapes or SHAPES[device], dtypes or DTYPES[device]
+    wrong = unknown(names, shapes, dtypes)
+    if wrong:
+        console.print(wrong, style="red", soft_wrap=True)
+        return 2
+    types = [getattr(torch, name) for name in dtypes]
+    roof = roofline.measured(device, types)
+    stamp = environment(device) | roof.stamp()
+    console.print(" ".join(f"{key}={value}" for key, value in stamp.items()), style="dim", soft_wrap=True)
+    options: dict[str, Any] = {
+        "device": device, "shapes": tuple(f"{name}_" for name in shapes), "peers": peers, "dtypes": types,
+        "seconds": seconds or SECONDS[device],
+    }  # fmt: skip
+    every: list[Result] = []
+    for name in names:
+        for peer, why in peers_of.absent(name, device).items():
+            console.print(f"{name}: {peer} is not available: {why}", style="dim", soft_wrap=True)
+        rows: list[Result] = []
+        for group in measure_op(OPS[name], roof=roof, **options) if name in OPS else others()[name](**options):
+            rows += group
+            if json_path is not None:
+                report.write(group, json_path, stamp)
+        if rows:
+            report.show(rows, console)
+        else:
+            console.print(f"{name} has no case in {', '.join(shapes)}", style="dim")
+        every += rows
+    if plot_path is not None and every:
+        report.plot(every, plot_path, stamp)
+    return int(any(row.provider == OURS and not row.green for row in every))
