@@ -37,7 +37,12 @@ def _commit() -> str:
 
 def _gpu_state() -> dict[str, str]:
     """Driver and clocks, as nvidia-smi says them; nothing where it is not there."""
-    asked = {"driver": "driver_version", "sm_clock": "clocks.sm", "memory_clock": "clocks.mem", "sm_clock_max": "clocks.max.sm"}
+    asked = {
+        "driver": "driver_version",
+        "sm_clock": "clocks.sm",
+        "memory_clock": "clocks.mem",
+        "sm_clock_max": "clocks.max.sm",
+    }
     command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader", "--id=0"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

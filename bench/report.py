@@ -52,28 +52,49 @@ def _peers(rows: Sequence[Result]) -> list[str]:
 
 
 def _table(rows: Sequence[Result], console: Console) -> None:
-    peers = _peers(rows)
-    table = Table(title=f"{rows[0].op}, {rows[0].dtype}", title_justify="left", box=None, pad_edge=False, expand=False)
-    table.add_column("case", overflow="fold")
-    table.add_column("mode", overflow="fold")
-    for name, width in ((f"{OURS} us", 7), ("% of roof", 4), ("error / eager's", 5)):
-        table.add_column(name, justify="right", min_width=width, overflow="fold")
-    for name in peers:
-        table.add_column(f"{name} / {OURS}", justify="right", min_width=5, overflow="fold")
-    red = []
-    for group in groups(rows):
-        ours = group[OURS]
-        roof = "" if ours.of_roofline is None else f"{100 * ours.of_roofline:.0f}"
-        time = microseconds(ours.p50) if ours.p50 is not None else "[red]red"
-        cells = [ours.case, ours.mode, time, roof, _ratio_of_errors(ours)]
+    """What does not fit beside the case goes into a second table: nothing is left out or cut."""
+    made = groups(rows)
+    fixed = max(len(row.case) for row in rows) + max(len(row.mode) for row in rows) + 4 + 7 + 2 + 4 + 2 + 7
+    parts: list[list[str]] = [[]]
+    room = console.width - fixed
+    for name in _peers(rows):
+        if parts[-1] and room < _width(name) + 2:
+            parts.append([])
+            room = console.width - fixed
+        parts[-1].append(name)
+        room -= _width(name) + 2
+    for number, peers in enumerate(parts):
+        title = f"{rows[0].op}, {rows[0].dtype}: time of {OURS}, and that of its peers over it"
+        table = Table(title=title if number == 0 else None, title_justify="left", box=None, pad_edge=False)
+        table.add_column("case", no_wrap=True)
+        table.add_column("mode", no_wrap=True)
+        for name, width in (("us", 7), ("% of roof", 4), ("error / eager's", 7)):
+            table.add_column(name, justify="right", width=width, overflow="fold")
         for name in peers:
-            row = group.get(name)
-            cells.append("" if row is None else f"{row.over_ours:.2f}" if row.over_ours else "[red]red")
-        table.add_row(*cells)
-        red += [f"{row.case} {row.mode} {row.provider}: {row.verdict}" for row in group.values() if not row.green]
-    console.print(table)
-    for line in red:
-        console.print(f"  [red]{escape(line)}", soft_wrap=True, highlight=False)
+            table.add_column(name, justify="right", width=_width(name), overflow="fold")
+        for group in made:
+            table.add_row(*_cells(group, peers))
+        console.print(table)
+    for row in rows:
+        if not row.green:
+            console.print(f"  [red]{row.case} {row.mode} {row.provider}: {escape(row.verdict)}", soft_wrap=True)
+
+
+def _width(name: str) -> int:
+    return min(max(len(name), 5), 9)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1e3 else f"{value:.0f}"
+
+
+def _cells(group: Group, peers: Sequence[str]) -> list[str]:
+    ours = group[OURS]
+    time = microseconds(ours.p50) if ours.p50 is not None else "[red]red"
+    roof = "" if ours.of_roofline is None else f"{100 * ours.of_roofline:.0f}"
+    ratios = [group[name] if name in group else None for name in peers]
+    cells = ["" if r is None else _ratio(r.over_ours) if r.over_ours else "[red]red" for r in ratios]
+    return [ours.case, ours.mode, time, roof, _ratio_of_errors(ours), *cells]
 
 
 def _ratio_of_errors(row: Result) -> str:

@@ -34,7 +34,9 @@ class Roofline:
         least, largest = (self.by_size[size] for size in (min(self.by_size), max(self.by_size)))
         if least is largest:
             return gpu.stamp(largest)
-        rates = {f"{str(k).removeprefix('torch.')}_tflops": round(v / 1e12, 3) for k, v in largest.flops_per_second.items()}
+        rates = {
+            f"{str(k).removeprefix('torch.')}_tflops": round(v / 1e12, 3) for k, v in largest.flops_per_second.items()
+        }
         speeds = {"copy_gb_per_s": largest.bytes_per_second, "cached_copy_gb_per_s": least.bytes_per_second}
         return {name: round(value / 1e9, 1) for name, value in speeds.items()} | rates
 

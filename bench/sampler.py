@@ -65,7 +65,12 @@ def _affine(name: str, m: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 
 def measure(
-    *, device: str, dtypes: Sequence[torch.dtype], shapes: str | tuple[str, ...], peers: Sequence[str] | None, seconds: float
+    *,
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    shapes: str | tuple[str, ...],
+    peers: Sequence[str] | None,
+    seconds: float,
 ) -> Iterable[list[Result]]:
     """affine_step with a row of the table, our scheduler class, and diffusers' class, each one step."""
     for name in SOLVERS:

@@ -225,7 +225,12 @@ def initial_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def measure(
-    *, device: str, dtypes: Sequence[torch.dtype], shapes: str | tuple[str, ...], peers: Sequence[str] | None, seconds: float
+    *,
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    shapes: str | tuple[str, ...],
+    peers: Sequence[str] | None,
+    seconds: float,
 ) -> Iterable[list[Result]]:
     """Steps taken in turns: ours by the trainer as it ships, the peer's in between. At least 5, for 20 * seconds."""
     unet = random_unet().to(device)
