@@ -1,9 +1,9 @@
 """Correctness first, then time: every provider is judged against float64, and only what passes is timed.
 
 Providers of one case run interleaved in one process, so that a busy machine slows all alike; figures are the 20th, 50th
-and 80th percentile of single calls, and the ratio of medians is what may be quoted. Modes: "fwd" without gradients, "bwd"
-the backward alone, "full" the forward that keeps what backward needs, and the backward. On a GPU these are calls as a
-program makes them, "fwd graph" and "full graph" the GPU's work alone: see gpu.py.
+and 80th percentile of single calls, and the ratio of medians is what may be quoted. Modes: "fwd" without gradients,
+"bwd" the backward alone, "full" the forward that keeps what backward needs, and the backward. On a GPU these are calls
+as a program makes them, "fwd graph" and "full graph" the GPU's work alone: see gpu.py.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]
 
 
 def step(runner: Runner, mode: str) -> Step:
-    """What is timed. A "fwd" or "full" call returns the values; those of backward are gradients of all leaves, from none."""
+    """What is timed. A "fwd" or "full" call returns the values, one of backward the gradients of all leaves."""
     if mode == "fwd":
         forward = torch.no_grad()(runner.call)
         return lambda: forward
@@ -183,7 +183,8 @@ def compare(
     graphs: bool = True,
     roof: Ceiling | None = None,
 ) -> list[Result]:
-    """The rows of one case and mode. Judge all runners against `exact` (float64) by the error of `yardstick`, then time the green ones together.
+    """The rows of one case and mode: all runners are judged against `exact` (float64) by the error of `yardstick`, and
+    the green ones timed together.
 
     On a GPU: `copies` are the same runners over other memory, taken in turns; `graphs` adds the rows of graph replay.
     """

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import bench
-from bench import gpu, harness, peers, sanitize
+from bench import gpu, harness, peers, report, sanitize
 from hypersd.kernels._op import OPS
 
 QUIET = Console(quiet=True)
@@ -24,7 +24,7 @@ def providers(**functions):
     x = torch.linspace(-1, 1, 64)
     exact = {"y": torch.sin(x.double())}
     runners = {name: harness.Runner(lambda function=function: function(x)) for name, function in functions.items()}
-    rows = harness.compare("sin", "line", torch.float32, "forward", exact, runners, seconds=0.01)
+    rows = harness.compare("sin", "line", torch.float32, "fwd", exact, runners, seconds=0.01)
     return {row.provider: row for row in rows}
 
 
@@ -90,7 +90,7 @@ def test_a_peer_that_fails_is_red_and_ours_may_not():
 def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
     op = OPS["affine_step"]
     real = op.function
-    options = {"dtypes": ["float32"], "shapes": "emoji_b1", "peers": [], "seconds": 0.01, "console": QUIET}
+    options = {"dtypes": ["float32"], "shapes": ["emoji"], "peers": [], "seconds": 0.01, "console": QUIET}
     assert bench.main(["affine_step"], json_path=tmp_path / "good.jsonl", **options) == 0
     monkeypatch.setattr(op, "function", lambda **inputs: real(**inputs) * 1.01)
     assert bench.main(["affine_step"], json_path=tmp_path / "bad.jsonl", **options) == 1
@@ -99,7 +99,7 @@ def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
     )
     assert {row["provider"] for row in good} == {"hypersd", "eager"}
     assert all(row["p50"] for row in good) and all(row["torch"] == torch.__version__ for row in good)
-    forward = next(row for row in good if row["mode"] == "forward")
+    forward = next(row for row in good if row["mode"] == "fwd" and row["case"] == "emoji_b1_ddim_cfg")
     assert forward["bytes"] == 4 * 1024 * 4  # three tensors read, one written
     assert all(row["p50"] is None for row in bad if row["provider"] == "hypersd")
     assert all(row["p50"] for row in bad if row["provider"] == "eager")
@@ -125,7 +125,7 @@ def test_peft_peer_computes_the_same(name):
 
 def test_providers_take_turns():
     calls: list[str] = []
-    harness.interleaved({n: lambda n=n: calls.append(n) for n in ("a", "b", "c")}, seconds=0.0)
+    harness.interleaved({n: lambda n=n: lambda: calls.append(n) for n in ("a", "b", "c")}, seconds=0.0)
     timed = calls[6:]  # after two warm-up calls each
     rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
     assert len(rounds) == harness.MIN_ROUNDS
@@ -147,12 +147,12 @@ def test_arguments_of_the_reference_are_those_of_the_public_function():
 
 def test_the_table_shows_ratios(capsys):
     rows = [
-        harness.Result("op", "c", "float32", "forward", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2)
+        harness.Result("op", "c", "float32", "fwd", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2)
         for p, v in (("hypersd", 2.0), ("eager", 5.0))
     ]
-    harness.show(rows, Console(width=160))
+    report.show(rows, Console(width=160))
     said = capsys.readouterr().out
-    assert "2.50" in said and "eager over hypersd, forward: median 2.50" in said
+    assert "2.50" in said and "eager over hypersd, fwd: median 2.50" in said
 
 
 def test_environment_stamp():

@@ -54,7 +54,7 @@ def test_a_shape_that_no_layer_has_is_found():
 
 
 def test_the_census_counts_the_layers_of_sd15():
-    """Two attentions in each of 16 transformers; two norms in each of 22 residual blocks, one a transformer, one last."""
+    """Two attentions in each of 16 transformers; norms: two in 22 residual blocks, one a transformer, one last."""
     seen = layers("sd15")
     count = Counter()
     for (op, _), times in seen.items():
