@@ -57,6 +57,47 @@ def make_sdxl_unet():
     )
 
 
+def make_sd3(**changes):
+    """SD3Transformer2DModel: 4x16x16 latents, text and pooled text of width 64."""
+    from diffusers import SD3Transformer2DModel
+
+    config = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 16,
+    }
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(**(config | changes)).requires_grad_(False).eval()
+
+
+def make_flux(**changes):
+    """FluxTransformer2DModel: 4-channel latents of any even size, text of width 32, pooled text of width 32."""
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": True,
+    }
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(**(config | changes)).requires_grad_(False).eval()
+
+
 def make_vae(**changes):
     from diffusers import AutoencoderKL
 

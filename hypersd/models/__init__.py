@@ -8,7 +8,8 @@ from typing import Any
 _HOME = {
     "NoiseProcess": "noise_process",
     "Backbone": "backbone",
-    "LCM_TARGETS": "lora",
+    "DIT_TARGETS": "networks",
+    "LCM_TARGETS": "networks",
     "LoraConv2d": "lora",
     "LoraLinear": "lora",
     "LoraSpec": "lora",
@@ -18,6 +19,7 @@ _HOME = {
     "encode_images": "prompts",
     "encode_null": "prompts",
     "encode_prompts": "prompts",
+    "TextCache": "text_cache",
     "fuse": "fused",
     "unfuse": "fused",
     "load_lora": "export",

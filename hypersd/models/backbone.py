@@ -13,7 +13,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from hypersd.errors import HypersdError
-from hypersd.models import attention, formats, fused
+from hypersd.models import formats, fused, networks, text_cache
 from hypersd.models.lora import (
     BASE,
     LoraSlot,
@@ -23,11 +23,10 @@ from hypersd.models.lora import (
     folded_weights,
     make_slot,
     plain_layer,
+    projected_text,
     use_role,
 )
-
-# conditions that UNet2DConditionModel wants packed into one dict (SDXL)
-_ADDED_CONDITIONS = ("text_embeds", "time_ids")
+from hypersd.models.text_cache import TextCache
 
 
 class Backbone(nn.Module):
@@ -41,9 +40,10 @@ class Backbone(nn.Module):
 
     def __init__(self, network: nn.Module, spec: LoraSpec | None = None, roles: Sequence[str] = ("student",)) -> None:
         super().__init__()
-        self.spec = spec or LoraSpec()
+        self.spec = spec or LoraSpec(targets=networks.default_targets(network))
         self.network = network
         self.slots: dict[str, LoraSlot] = {}
+        self.text_slots: dict[str, LoraSlot] = {}  # around the layers of text_cache, adapted or not
         self.roles: list[str] = []
         self._requires_grad = {name: p.requires_grad for name, p in network.named_parameters()}
         self._checkpointing = bool(getattr(network, "is_gradient_checkpointing", False))
@@ -57,6 +57,8 @@ class Backbone(nn.Module):
             )
         for path in paths:
             self._wrap(path)
+        for path in text_cache.text_layers(network):
+            self._wrap_text(path)
         for role in roles:
             self.add_role(role)
         if self._checkpointing:
@@ -65,19 +67,22 @@ class Backbone(nn.Module):
     def forward(self, x_t: Tensor, timestep: Tensor | float, cond: Mapping[str, Any], *, role: str = BASE) -> Tensor:
         """The raw network output m, shape and dtype of x_t.
 
-        x_t (B, C, H, W); timestep a number or a tensor of shape () or (B,), in the network's own units; cond the
-        network's further keyword arguments (`encoder_hidden_states`, ...; SDXL's `text_embeds` and `time_ids` are
-        packed into `added_cond_kwargs`). Floating inputs are cast to the dtype of the network.
+        x_t (B, C, H, W); timestep a number or a tensor of shape () or (B,), of 1000 for all networks (NoiseProcess's
+        `network_timestep`); cond the network's further keyword arguments (`encoder_hidden_states`, ...), see
+        `networks.predict`, or what a `text_cache` made of them. Floating inputs are cast to the dtype of the network.
         """
         if role != BASE and role not in self.roles:
             raise HypersdError(f"the backbone has no role {role!r}; it has {[BASE, *self.roles]}")
         dtype = self.dtype
         arguments = {k: v.to(dtype) if _is_float(v) else v for k, v in cond.items()}
-        if "added_cond_kwargs" not in arguments and "time_ids" in arguments:
-            arguments["added_cond_kwargs"] = {k: arguments.pop(k) for k in _ADDED_CONDITIONS if k in arguments}
-        with use_role(role):
-            output = self.network(x_t.to(dtype), timestep=timestep, **arguments, return_dict=False)[0]
+        projected = arguments.pop(text_cache.PROJECTED, None)
+        with use_role(role), projected_text(projected):
+            output = networks.predict(self.network, x_t.to(dtype), timestep, arguments)
         return output.to(x_t.dtype)
+
+    def text_cache(self, cond: Mapping[str, Any], *, role: str = BASE) -> TextCache:
+        """`cond` for many calls of this role: text keys and values are projected once, not in every call."""
+        return TextCache(self, cond, role=role)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +232,6 @@ class Backbone(nn.Module):
     def fuse(self) -> None:
         """Compute norms, activations and attention by the fused operators: faster, in another order of the sums."""
         fused.fuse(self.network)
-        attention.install(self.network)
 
     def recompute_feed_forward(self) -> None:
         """Recompute only the feed-forward layers of the transformer blocks: their wide hidden states are a quarter of
@@ -238,11 +242,10 @@ class Backbone(nn.Module):
 
     def release(self) -> nn.Module:
         """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards."""
-        for path, slot in self.slots.items():
+        for path, slot in {**self.text_slots, **self.slots}.items():
             self.network.set_submodule(path, slot.base)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
-        attention.remove(self.network)
         fused.unfuse(self.network)
         for module in self.network.modules():
             if isinstance(module, FeedForward):
@@ -251,20 +254,26 @@ class Backbone(nn.Module):
             self.network.disable_gradient_checkpointing()  # type: ignore[operator]
             if self._checkpointing:
                 self.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.slots, self.roles = {}, []
+        self.slots, self.text_slots, self.roles = {}, {}, []
         return self.network
 
     def _wrap(self, path: str) -> LoraSlot:
-        slot = make_slot(self.network.get_submodule(path))
+        slot = self.text_slots.get(path) or make_slot(self.network.get_submodule(path))
         assert slot is not None
         self.network.set_submodule(path, slot)
         self.slots[path] = slot
         return slot
 
+    def _wrap_text(self, path: str) -> None:
+        slot = self.slots.get(path) or make_slot(self.network.get_submodule(path))
+        if slot is not None:
+            self.network.set_submodule(path, slot)
+            self.text_slots[path], slot.path = slot, path
+
     def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every layer of the original network that can take an adapter, whether wrapped already or not."""
         for path, module in self.network.named_modules():
-            if any(parent in self.slots for parent in _parents(path)):
+            if any(parent in self.slots or parent in self.text_slots for parent in _parents(path)):
                 continue
             module = module.base if isinstance(module, LoraSlot) else module
             if _can_wrap(module):

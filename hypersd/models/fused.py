@@ -1,7 +1,7 @@
-"""A diffusers network on the fused operators: GroupNorm with its SiLU, and GEGLU, in fewer passes over memory.
+"""A diffusers network on the fused operators: GroupNorm with its SiLU, GEGLU, attention; fewer passes over memory.
 
-Only classes change, in place: weights, state dict, LoRA keys and module paths stay what they are, and layers that were
-wrapped meanwhile (LoRA slots) are found by their names as before.
+Only classes and attention processors change, in place: weights, state dict, LoRA keys and module paths stay what they
+are, and layers that were wrapped meanwhile (LoRA slots) are found by their names as before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from hypersd.kernels import geglu, group_norm_silu
+from hypersd.models import attention
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -91,12 +92,17 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """Put the fused operators into a diffusers UNet or VAE, in place; returns `network`.
+    """Put the fused operators into a diffusers UNet, VAE, SD3 or FLUX transformer, in place; returns `network`.
 
-    Residual blocks get GroupNorm + SiLU (those that resample inside or scale by the time embedding stay as they are),
-    and so does the norm before the last convolution; the other GroupNorms and the GEGLU layers of feed-forward blocks
-    follow; transformers leave channels-last pictures as they lie. Outputs agree to rounding. Do it before or after
-    Backbone wraps the network, with or without gradient checkpointing, once or twice.
+    UNet and VAE: residual blocks get GroupNorm + SiLU (those that resample inside or scale by the time embedding stay
+    as they are), and so does the norm before the last convolution; the other GroupNorms and the GEGLU layers of
+    feed-forward blocks follow; transformers leave channels-last pictures as they lie.
+    UNet, SD3Transformer2DModel, FluxTransformer2DModel: attention runs in `hypersd.kernels.attention`, which hands to
+    torch's what torch does best. The modulated norms and GELU feed-forward layers of SD3 and FLUX, and masked or
+    unusual attention layers, stay diffusers'.
+
+    Outputs agree to rounding; state dict and LoRA keys do not change. Do it before or after Backbone wraps the network,
+    with or without gradient checkpointing, once or twice.
     """
     for module in network.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
@@ -112,6 +118,7 @@ def fuse(network: nn.Module) -> nn.Module:
             module.__class__ = FusedGEGLU
         elif type(module) is Transformer2DModel:
             module.__class__ = FusedTransformer2DModel
+    attention.install(network)
     return network
 
 
@@ -121,6 +128,7 @@ def unfuse(network: nn.Module) -> nn.Module:
         plain = _PLAIN.get(type(module))
         if plain is not None:
             module.__class__ = plain
+    attention.remove(network)
     return network
 
 

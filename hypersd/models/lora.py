@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,26 +23,9 @@ from torch.nn import functional as F
 from hypersd.errors import HypersdError
 from hypersd.kernels import lora_conv2d, lora_linear
 from hypersd.kernels._lora import fold_weight
+from hypersd.models.networks import LCM_TARGETS
 
 BASE = "base"
-
-# The layers that the LCM-LoRA training scripts adapt: attention, feed-forward and all convolutions of residual blocks.
-LCM_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
 
 
 class _Active(threading.local):
@@ -51,6 +34,7 @@ class _Active(threading.local):
     def __init__(self) -> None:
         self.role = BASE
         self.folding = False
+        self.text: Mapping[str, Tensor] | None = None  # outputs of layers that see only the text, by module path
 
 
 _active = _Active()
@@ -84,6 +68,10 @@ def current_role() -> str:
     return _active.role
 
 
+def is_folding() -> bool:
+    return _active.folding
+
+
 @contextmanager
 def use_role(role: str) -> Iterator[None]:
     """Every slot called inside runs with this role's adapter ("base": none)."""
@@ -102,6 +90,16 @@ def folded_weights() -> Iterator[None]:
         yield
     finally:
         _active.folding = before
+
+
+@contextmanager
+def projected_text(outputs: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the slot at a path of `outputs` gives that tensor and computes nothing (see text_cache)."""
+    before, _active.text = _active.text, outputs
+    try:
+        yield
+    finally:
+        _active.text = before
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
@@ -137,6 +135,7 @@ class LoraSlot(nn.Module):
         self.scale: dict[str, float] = {}
         # role -> (key, W + scale b a); see folded_weights
         self._folded: dict[str, tuple[Any, Tensor]] = {}
+        self.path = ""  # in the network, where its input is the text alone
 
     @property
     def layer(self) -> nn.Module:
@@ -175,6 +174,9 @@ class LoraSlot(nn.Module):
             del self.a[role], self.b[role], self.scale[role]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        text = _active.text
+        if text is not None and self.path in text:
+            return text[self.path]
         role = _active.role
         if role == BASE or role not in self.scale:
             return self.base(x, *args, **kwargs)
@@ -193,13 +195,17 @@ class LoraSlot(nn.Module):
         return exact and not torch.is_grad_enabled() and not self.weight.is_inference()
 
     def _fold(self, role: str) -> Tensor:
-        parts = (self.weight, self.a[role], self.b[role])
-        # the version counter moves with every in-place change (but those through .data), data_ptr with a replacement
-        key = (*((p.data_ptr(), p._version) for p in parts), self.scale[role])
-        known = self._folded.get(role)
+        key, known = self.version(role), self._folded.get(role)
         if known is None or known[0] != key:
-            known = self._folded[role] = (key, fold_weight(*parts, self.scale[role]))
+            weight = fold_weight(self.weight, self.a[role], self.b[role], self.scale[role])
+            known = self._folded[role] = (key, weight)
         return known[1]
+
+    def version(self, role: str) -> tuple[Any, ...]:
+        """Another tuple after every change of weight or adapter, in place (but through .data) or by replacement."""
+        if role not in self.scale:
+            return (stamp(self.weight),)
+        return (*map(stamp, (self.weight, self.a[role], self.b[role])), self.scale[role])
 
     def clear_folded(self) -> None:
         self._folded.clear()
@@ -269,6 +275,11 @@ class LoraConv2d(LoraSlot):
 
     def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, a, None, self.stride, self.padding), b)
+
+
+def stamp(t: Tensor) -> tuple[int, int]:
+    """Another pair once the tensor was changed in place or is another one. Inference tensors do not count changes."""
+    return t.data_ptr(), -1 if t.is_inference() else t._version
 
 
 def plain_layer(module: nn.Module) -> nn.Module:

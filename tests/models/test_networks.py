@@ -1,0 +1,124 @@
+"""SD3 and FLUX: called like a UNet, fused and back, with a LoRA role, compiled whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from hypersd.errors import HypersdError
+from hypersd.models import Backbone, LoraSpec, fuse, unfuse
+from hypersd.models.attention import FusedProcessor
+from tests.conftest import make_flux, make_sd3
+
+SPEC = LoraSpec(rank=4, alpha=4.0, targets=("to_q", "to_k", "to_v", "add_k_proj", "ff.net.2", "proj_mlp"))
+NETWORKS = {
+    "sd3": make_sd3,
+    "sd3.5": lambda: make_sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "flux": make_flux,
+}
+
+
+def batch(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    generator = torch.Generator().manual_seed(0)
+    width = 32 if name == "flux" else 64
+    shapes = ((2, 4, 16, 16), (2, 7, width), (2, width))
+    x, text, pooled = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    return x, torch.tensor([900.0, 250.0]), {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+def adapted(network) -> Backbone:
+    backbone = Backbone(network, SPEC)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.role_parameters("student").values():
+            parameter.normal_(std=0.1, generator=generator)
+    return backbone
+
+
+def processors(network) -> list[type]:
+    return [type(m.processor) for m in network.modules() if hasattr(m, "processor")]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_output_and_gradient_in_float64(name):
+    network = NETWORKS[name]().double()
+    keys, before = list(network.state_dict()), processors(network)
+    backbone = adapted(network)
+    lora = list(backbone.lora_state_dict("student"))
+    x, t, cond = batch(name, torch.float64)
+    found = []
+    for prepare in (lambda n: n, fuse, fuse, unfuse):
+        assert prepare(network) is network
+        leaf = x.clone().requires_grad_()
+        y = backbone(leaf, t, cond, role="student")
+        grads = torch.autograd.grad(y.square().sum(), [leaf, *backbone.role_parameters("student").values()])
+        found.append((y.detach(), grads, processors(network)))
+        assert list(backbone.lora_state_dict("student")) == lora
+    (plain, grads, _), (fused, fused_grads, changed), (twice, _, _), (again, _, back) = found
+    assert all(issubclass(p, FusedProcessor) for p in changed) and back == before
+    assert torch.equal(plain, again) and torch.equal(fused, twice) and not torch.equal(plain, fused)
+    torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-12)
+    for mine, theirs in zip(fused_grads, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    fuse(network)
+    released = backbone.release()
+    assert list(released.state_dict()) == keys and processors(released) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_error_at_most_twice_the_networks(name, dtype):
+    x, t, cond = batch(name, dtype)
+    with torch.no_grad():
+        wide = {key: value.double() for key, value in cond.items()}
+        truth = Backbone(NETWORKS[name]().to(dtype).double(), SPEC)(x.double(), t, wide)
+        backbone = Backbone(NETWORKS[name]().to(dtype), SPEC)
+        plain = backbone(x, t, cond)
+        backbone.fuse()
+        fused = backbone(x, t, cond)
+    errors = [(y.double() - truth).norm() / truth.norm() for y in (fused, plain)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux"])
+def test_compiles_whole_with_a_role(name):
+    backbone = adapted(NETWORKS[name]())
+    backbone.fuse()
+    x, t, cond = batch(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(x, t, cond, role="student")
+        torch.testing.assert_close(found, backbone(x, t, cond, role="student"), rtol=1e-4, atol=1e-5)
+        assert (found - backbone(x, t, cond)).abs().max() > 1e-3
+
+
+def test_flux_latents_are_packed_as_the_pipeline_packs_them():
+    network = make_flux()
+    x, t, cond = batch("flux")
+    x = x[..., :8]
+    tokens = FluxPipeline._pack_latents(x, 2, 4, 16, 8)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 8, 4, "cpu", torch.float32)
+    more = {"img_ids": ids, "txt_ids": torch.zeros(7, 3), "return_dict": False}
+    backbone = Backbone(network, SPEC)
+    for guidance in (3.5, 1.5):
+        told = torch.full((2,), guidance)
+        theirs = network(tokens, timestep=t / 1000, guidance=told, **cond, **more)[0]
+        theirs = FluxPipeline._unpack_latents(theirs, 16 * 8, 8 * 8, 8)
+        ours = backbone(x, t, cond if guidance == 3.5 else {**cond, "guidance": told})
+        assert ours.shape == x.shape and torch.equal(ours, theirs)
+    with pytest.raises(HypersdError, match="even height and width, got 15 x 16"):
+        backbone(torch.zeros(1, 4, 15, 16), t[:1], cond)
+    plain = Backbone(make_flux(guidance_embeds=False), SPEC)
+    assert torch.equal(plain(x, t, {**cond, "guidance": told}), plain(x, t, cond))
+
+
+def test_default_targets_leave_norms_and_embedders():
+    for name, make in NETWORKS.items():
+        network = make()
+        linear = {path for path, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+        found = set(Backbone(network).slots)
+        left = {path for path in linear - found if not any(part.startswith("norm") for part in path.split("."))}
+        assert {path.split(".")[0] for path in left} <= {"time_text_embed", "context_embedder", "x_embedder"}, name
+        assert len(found) > 15 and not any("norm" in path or "embed" in path for path in found)
