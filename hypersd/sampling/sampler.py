@@ -71,15 +71,20 @@ def sample(
 def denoiser(
     backbone: Backbone, cond: Mapping[str, Any], *, null: Mapping[str, Any] | None = None, role: str = "student"
 ) -> Denoise:
-    """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B."""
-    if null is None:
-        return lambda x_t, timestep: backbone(x_t, timestep, cond, role=role)
-    if cond.keys() != null.keys():
+    """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B.
+
+    Text keys and values are projected in the first step and kept, where the network allows it (see TextCache).
+    """
+    if null is not None and cond.keys() != null.keys():
         raise HypersdError(f"conditions {sorted(cond)} and null conditions {sorted(null)} differ")
-    both = {name: torch.cat((cond[name], null[name])) for name in cond}
+    both = cond if null is None else {name: torch.cat((cond[name], null[name])) for name in cond}
+    keep = getattr(backbone, "text_cache", None)  # anything that acts like a Backbone will do
+    conditions = keep(both, role=role) if keep else lambda: both
+    if null is None:
+        return lambda x_t, timestep: backbone(x_t, timestep, conditions(), role=role)
 
     def denoise(x_t: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        m = backbone(torch.cat((x_t, x_t)), torch.cat((timestep, timestep)), both, role=role)
+        m = backbone(torch.cat((x_t, x_t)), torch.cat((timestep, timestep)), conditions(), role=role)
         return m[: len(x_t)], m[len(x_t) :]
 
     return denoise
