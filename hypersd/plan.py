@@ -44,6 +44,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
     roles = 2 + any(stage.needs_previous for stage in recipe.stages[1:])
+    roles += max(len(stage.roles) for stage in recipe.stages)
     others = sum(
         p.stat().st_size
         for part in ("vae", "text_encoder", "text_encoder_2")

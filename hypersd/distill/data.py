@@ -92,7 +92,7 @@ class LatentDataset:
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         if (seed, epoch) not in self._orders:
-            while len(self._orders) >= 2:
+            while len(self._orders) >= 8:  # whoever is trained in a stage goes through the data in its own order
                 self._orders.pop(next(iter(self._orders)))
             self._orders[seed, epoch] = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
         return self._orders[seed, epoch]

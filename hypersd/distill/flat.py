@@ -52,24 +52,24 @@ class Flat:
 class FlatAdamW:
     """clip_grad_norm_, torch.optim.AdamW and an EMA of the weights, in two passes over flat buffers.
 
-    parameters are trained; ema holds their moving average, under the same names and shapes. Both are moved into flat
-    buffers, and the gradients are views of a third. `clip` None only measures the gradient's norm.
+    parameters are trained; ema, where given, holds their moving average, under the same names and shapes. Both are
+    moved into flat buffers, and the gradients are views of a third. `clip` None only measures the gradient's norm.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        ema: Mapping[str, nn.Parameter],
+        ema: Mapping[str, nn.Parameter] | None = None,
         *,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        ema_decay: float,
+        ema_decay: float = 0.0,
         clip: float | None = None,
     ) -> None:
-        if [(k, p.shape) for k, p in parameters.items()] != [(k, p.shape) for k, p in ema.items()]:
+        if ema is not None and _shapes(parameters) != _shapes(ema):
             raise HypersdError("the parameters and their moving average have different names or shapes")
-        self.weights, self.ema = Flat(parameters), Flat(ema)
+        self.weights, self.ema = Flat(parameters), None if ema is None else Flat(ema)
         self.betas, self.eps, self.weight_decay, self.ema_decay = betas, eps, weight_decay, ema_decay
         self.clip = clip or math.inf
         self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.weights.data) for _ in range(3))
@@ -94,12 +94,15 @@ class FlatAdamW:
                 parameter.grad = view
         self.steps += 1
         norm, factor = clip_coefficient(self.grad, self.clip)
+        # an average that nobody asked for goes where the gradient was
+        average = self.grad if self.ema is None else self.ema.data
         adamw_ema_(
-            self.weights.data, self.grad, self.exp_avg, self.exp_avg_sq, self.ema.data, self.steps, lr, self.betas,
+            self.weights.data, self.grad, self.exp_avg, self.exp_avg_sq, average, self.steps, lr, self.betas,
             self.eps, self.weight_decay, self.ema_decay, clip=factor,
         )  # fmt: skip
         self.weights.touch()
-        self.ema.touch()
+        if self.ema is not None:
+            self.ema.touch()
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -116,3 +119,7 @@ class FlatAdamW:
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.steps = steps
+
+
+def _shapes(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in parameters.items()]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +35,40 @@ class Log:
         except OSError as error:
             raise HypersdError(f"cannot write {path}: {error.strerror or error}") from None
 
-    def add(self, index: int, stage: str, step: int, loss: Tensor, norm: Tensor, started: float) -> None:
-        self.pending.append((index, stage, step, loss, norm, time.perf_counter() - started))
+    def add(
+        self, index: int, stage: str, step: int, loss: Tensor, norm: Tensor, started: float,
+        measures: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """One step; `measures` are the method's further numbers."""
+        self.pending.append((index, stage, step, loss, norm, time.perf_counter() - started, dict(measures or {})))
 
-    def flush(self) -> float:
-        """Write what is pending and return the newest loss. Raises HypersdError when one is not finite."""
+    def flush(self, after_step: Callable[[int, dict[str, float]], str | None] | None = None) -> float:
+        """Write what is pending and return the newest loss. Raises HypersdError when one is not finite.
+
+        after_step(step, measures) may answer with a warning; it goes to stderr, through the logger "hypersd", and into
+        the step's line.
+        """
         lines, problem = "", None
-        for index, stage, step, loss, norm, seconds in self.pending:
+        for index, stage, step, loss, norm, seconds, measures in self.pending:
             loss, norm = float(loss), float(norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            numbers = {name: float(value) for name, value in measures.items()}
+            astray = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+            if not (math.isfinite(loss) and math.isfinite(norm)) or astray:
+                other = f", {astray} {numbers[astray]}" if astray else ""
                 problem = (
-                    f"stage {stage}, step {step}: the loss is {loss}, its gradient {norm}; the last checkpoint is "
-                    "intact; lower train.learning_rate or the guidance scale"
+                    f"stage {stage}, step {step}: the loss is {loss}, its gradient {norm}{other}; the last checkpoint "
+                    "is intact; lower train.learning_rate or the guidance scale"
                 )
                 break
             row = {"index": index, "stage": stage, "step": step, "loss": loss, "grad_norm": norm}
-            lines += json.dumps(row | {"seconds": round(seconds, 6)}) + "\n"
+            row |= {"seconds": round(seconds, 6)}
+            if numbers:
+                row["measures"] = numbers
+            warning = after_step(step, numbers) if after_step is not None and numbers else None
+            if warning:
+                row["warning"] = warning
+                logging.getLogger("hypersd").warning("%s", warning)
+            lines += json.dumps(row) + "\n"
         self.pending.clear()
         try:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,9 +30,11 @@ class Denoiser(Protocol):
 
 class Draw:
     """All the randomness of one forward pass: a host and a device generator, both seeded by the same key of integers,
-    so that a resumed run draws what an unbroken one would have drawn."""
+    so that a resumed run draws what an unbroken one would have drawn. `progress`: the part of the stage that is done,
+    in [0, 1)."""
 
-    def __init__(self, key: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, key: tuple[int, ...], device: torch.device, progress: float = 0.0) -> None:
+        self.progress = progress
         self.host = np.random.default_rng(key)
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -53,8 +56,32 @@ class Context:
     previous: BaseStage | None = None
 
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """What a method trains beside the student, a critic or the adapter of another role, by its own loss and clock.
+
+    After each step of the student `updates` steps are taken on `loss`, each with batches and draws of its own; the
+    student stands still meanwhile, as do these parameters in the student's step. All are fp32 and on the model's
+    device. The name stands in the log (`<name>_loss`) and the checkpoint.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    loss: Callable[[Batch, Draw], Tensor]
+    learning_rate: float | None = None  # None: the student's
+    updates: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
 class Method(Protocol):
-    """One stage of one method."""
+    """One stage of one method. It may have more than what stands here:
+
+    measures: dict[str, Tensor]             what the newest `loss` found out, 0-d and without gradient: for the log
+    after_step(step, measures) -> str | None    a warning; `measures` are the above and the auxiliaries' losses
+    auxiliaries() -> Sequence[Auxiliary]    what is trained beside the student; asked for once, when the stage begins
+
+    Random initial values come from torch's global generator, which the trainer has seeded.
+    """
 
     def __init__(self, stage: Any, context: Context) -> None: ...
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
@@ -32,13 +33,23 @@ class BaseStage(Section):
 
     @property
     def steps(self) -> int:
-        """The number of sampling steps that the stage's weights are made for; names its LoRA file."""
+        """The number of sampling steps that the stage's weights are made for."""
         raise NotImplementedError
+
+    @property
+    def file(self) -> str:
+        """Name of the LoRA file that the stage ends with."""
+        return f"lora-{self.steps}step"
 
     @property
     def needs_previous(self) -> bool:
         """Whether the weights that the stage before ended with are kept as role "previous"."""
         return False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Further adapters that the stage needs. Each begins as a copy of the student's, and goes when it ends."""
+        return ()
 
     @property
     def network_evaluations(self) -> float:
@@ -260,6 +271,62 @@ class PeRFlowStage(GuidedStage):
         return self.solver_steps * self.teacher_passes + 3
 
 
-AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage
+class DMDStage(GuidedStage):
+    """Distribution matching on the student's one-step samples (hypersd.distill.dmd).
+
+    The student, fed noise at `timestep` (None: the last one), makes x_0; a real and a fake score, compared at timesteps
+    within `t_range` (parts of all), say where to move it. `real_score`: "tscd" is the student as it was when the stage
+    began, "base" the undistilled model with guidance. The fake score is an adapter of its own that learns the student's
+    samples, `fake_updates` steps for each one of the student.
+    `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
+    what the beginning's weights make of the same noise in `anchor_steps` steps.
+    `consistency`: the share of each batch that trains on the one-segment consistency loss instead (hypersd.distill.tscd
+    on `grid` points, taught by the base model), so that 2 to 8 steps keep working; `consistency_weight` is its weight.
+    """
+
+    method: Literal["dmd"]
+    timestep: Annotated[int, Field(ge=1)] | None = None
+    real_score: Literal["tscd", "base"] = "tscd"
+    guidance_scale: Range = (8.0, 8.0)
+    t_range: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.02, 0.98)
+    fake_updates: Positive = 5
+    fake_learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: the student's
+    anchor: Annotated[tuple[NonNegative, NonNegative], Field(strict=False)] = (0.25, 0.05)
+    anchor_steps: Positive = 4
+    consistency: Probability = 0.3
+    consistency_weight: NonNegative = 1.0
+    grid: Positive = 40
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DMDStage:
+        if self.t_range[0] > self.t_range[1]:
+            raise ValueError(f"t_range {list(self.t_range)} is not a range; the smaller value comes first")
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    @property
+    def file(self) -> str:
+        return "lora-dmd"  # a TSCD stage before it may have written lora-1step
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake", "start")
+
+    @property
+    def network_evaluations(self) -> float:
+        real = 1 if self.real_score == "tscd" else self.teacher_passes
+        matching = 3 + real + 1 + (self.anchor_steps if any(self.anchor) else 0)
+        joint = self.teacher_passes + 1 + 3
+        return (1 - self.consistency) * matching + self.consistency * joint + self.fake_updates * (1 + 3)
+
+
+AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | DMDStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 STAGES: dict[str, type[BaseStage]] = {get_args(c.model_fields["method"].annotation)[0]: c for c in get_args(AnyStage)}

@@ -1,6 +1,6 @@
 """One trainer for every method: stages, optimizer, EMA, log, checkpoints.
 
-Whatever is random is drawn from (seed, stage, pass); so the state of a run is its adapters, its optimizer and two
+Whatever is random is drawn from (seed, stage, pass); so the state of a run is what it trains, the optimizers and two
 numbers, and a resumed run on the CPU ends with the bits of an unbroken one.
 """
 
@@ -8,23 +8,35 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
+from hypersd.distill.dmd import DMD
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
 from hypersd.distill.log import Log
-from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Context, Denoiser, Draw, Method
+from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.recipe import Recipe
-from hypersd.distill.stages import BaseStage, LCMStage, PCMStage, PeRFlowStage, TCDStage, TDDStage, TSCDStage
+from hypersd.distill.stages import (
+    BaseStage,
+    DMDStage,
+    LCMStage,
+    PCMStage,
+    PeRFlowStage,
+    TCDStage,
+    TDDStage,
+    TSCDStage,
+)
 from hypersd.distill.tcd import TCD
 from hypersd.distill.tdd import TDD
 from hypersd.distill.tscd import TSCD
@@ -41,6 +53,7 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     PCMStage: PCM,
     TDDStage: TDD,
     PeRFlowStage: PeRFlow,
+    DMDStage: DMD,
 }
 # what may differ between the recipe of a checkpoint and the one that resumes it
 FREE = ("checkpoint_every", "log_every", "threads")
@@ -73,15 +86,13 @@ class Trainer:
         self.progress = progress
         self.process = NoiseProcess.from_config(components.scheduler_config)
         self.backbone: Any = backbone if backbone is not None else self._wrap(components.unet)
-        # the initial adapter comes from the seed and leaves torch's global generator alone
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.train.seed)  # torch.manual_seed would seed every GPU's as well
-            self.backbone.add_role(STUDENT)
-        self.backbone.add_role(EMA, like=STUDENT)
+        self._add_student()
         self.device = next(iter(self.backbone.role_parameters(STUDENT).values())).device
         self.uncond = {k: v.to(self.device) for k, v in dataset.uncond.items()}
         self.stage, self.step = 0, 0
         self.has_previous = False
+        self.own_roles: tuple[str, ...] = ()  # further ones, of the stage
+        self.auxiliaries: list[tuple[Auxiliary, FlatAdamW]] = []
         self.loaded: dict[str, Tensor] = {}
 
     @property
@@ -125,6 +136,12 @@ class Trainer:
             backbone.recompute_feed_forward()
         return backbone
 
+    def _add_student(self) -> None:
+        """A new adapter that changes nothing yet. It comes from the seed."""
+        with _seeded(self.recipe.train.seed):
+            self.backbone.add_role(STUDENT)
+        self.backbone.add_role(EMA, like=STUDENT)
+
     def _begin_stage(self) -> Method:
         """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
         stage = self.recipe.stages[self.stage]
@@ -136,39 +153,58 @@ class Trainer:
             if previous is not None:
                 self.backbone.add_role(PREVIOUS, like=EMA)
             self.has_previous = previous is not None
+        if self.step == 0:
+            self._change_roles(stage.roles)
         context = Context(self.backbone, self.process, self.uncond, previous)
-        return METHODS[type(stage)](stage, context)
+        with _seeded(self.recipe.train.seed + self.stage):
+            return METHODS[type(stage)](stage, context)
+
+    def _change_roles(self, roles: tuple[str, ...]) -> None:
+        for role in self.own_roles:
+            self.backbone.drop_role(role)
+        for role in roles:
+            self.backbone.add_role(role, like=STUDENT)
+        self.own_roles = roles
+
+    def _build_optimizers(self, method: Method) -> None:
+        """The student's and each auxiliary's; in the middle of a stage with the state of the checkpoint."""
+        train = self.recipe.train
+        vars(self).pop("optimizer", None)  # the buffers of the stage before make room
+        self.auxiliaries = []
+        common: dict[str, Any] = {"eps": train.eps, "weight_decay": train.weight_decay, "clip": train.clip}
+        self.parameters, ema = (self.backbone.role_parameters(role) for role in (STUDENT, EMA))
+        self.optimizer = FlatAdamW(self.parameters, ema, betas=train.betas, ema_decay=train.ema_decay, **common)
+        self.auxiliaries = [
+            (auxiliary, FlatAdamW(auxiliary.parameters, betas=auxiliary.betas, **common))
+            for auxiliary in getattr(method, "auxiliaries", tuple)()
+        ]
+        for auxiliary, _ in self.auxiliaries:
+            _require_grad(auxiliary.parameters, False)
+        if self.step > 0:
+            self._restore_optimizer("optimizer", self.optimizer, self.step)
+            for auxiliary, optimizer in self.auxiliaries:
+                self._restore(auxiliary.name, auxiliary.parameters)
+                name = f"optimizer.{auxiliary.name}"
+                self._restore_optimizer(name, optimizer, self.step * auxiliary.updates)
+        self.loaded = {}
 
     def _run_stage(self, interrupt: Interrupt) -> None:
         train, stage = self.recipe.train, self.recipe.stages[self.stage]
         method = self._begin_stage()
-        rate = stage.learning_rate or train.learning_rate
-        self.parameters = self.backbone.role_parameters(STUDENT)
-        vars(self).pop("optimizer", None)  # the buffers of the stage before make room
-        self.optimizer = FlatAdamW(
-            self.parameters,
-            self.backbone.role_parameters(EMA),
-            betas=train.betas,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            ema_decay=train.ema_decay,
-            clip=train.clip,
-        )
-        if self.step > 0:
-            self._restore_optimizer()
-        self.loaded = {}
+        self._build_optimizers(method)
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
-            self.rate = rate * min(1.0, (self.step + 1) / max(1, train.warmup))
+            self.warm = min(1.0, (self.step + 1) / max(1, train.warmup))
             measured, norm = self._optimizer_step(method)
-            self.log.add(self.stage, stage.name, self.step, measured, norm, started)
+            measures = getattr(method, "measures", {}) | self._auxiliary_steps()
+            self.log.add(self.stage, stage.name, self.step, measured, norm, started, measures)
             self.step += 1
             stop = interrupt.requested and self.step < stage.iterations
             save = stop or self.step % train.checkpoint_every == 0 or self.step == stage.iterations
             # a GPU is asked for its numbers now and then, and always before its weights are saved
             if self.device.type == "cpu" or save or self.step % train.log_every == 0:
-                loss = self.log.flush()
+                loss = self.log.flush(getattr(method, "after_step", None))
             if self.progress is not None:
                 self.progress(stage.name, self.step, stage.iterations, loss)
             if self.step == stage.iterations:
@@ -190,25 +226,50 @@ class Trainer:
 
     def _optimizer_step(self, method: Method) -> tuple[Tensor, Tensor]:
         """One step of optimizer and EMA; (loss, gradient norm) as tensors on the device."""
-        train = self.recipe.train
-        self.optimizer.zero_grad()
-        total: Any = 0.0
-        for micro in range(train.accumulation):
-            number = self.step * train.accumulation + micro
-            loss = method.loss(self._batch(number), Draw((train.seed, self.stage, number), self.device))
-            (loss / train.accumulation).backward()
-            total = total + loss.detach() / train.accumulation
+        total = self._accumulate(self.optimizer, method.loss, self.step)
         if self.device.type == "cpu" and not math.isfinite(float(total)):
             return total, total  # the log stops the run; weights that are still good stay so
-        return total, self.optimizer.step(self.rate)
+        return total, self.optimizer.step(self._rate(None))
 
-    def _batch(self, number: int) -> Batch:
-        """Pass `number` of this stage; every stage goes through the data in its own order."""
+    def _auxiliary_steps(self) -> dict[str, Tensor]:
+        """The steps of all that is trained beside the student; the newest loss of each."""
+        losses = {}
+        for who, (auxiliary, optimizer) in enumerate(self.auxiliaries, 1):
+            _require_grad(self.parameters, False)
+            _require_grad(auxiliary.parameters, True)
+            for update in range(self.step * auxiliary.updates, (self.step + 1) * auxiliary.updates):
+                losses[f"{auxiliary.name}_loss"] = self._accumulate(optimizer, auxiliary.loss, update, who)
+                optimizer.step(self._rate(auxiliary.learning_rate))
+            _require_grad(auxiliary.parameters, False)
+            _require_grad(self.parameters, True)
+        return losses
+
+    def _rate(self, own: float | None) -> float:
+        stage = self.recipe.stages[self.stage]
+        return (own or stage.learning_rate or self.recipe.train.learning_rate) * self.warm
+
+    def _accumulate(
+        self, optimizer: FlatAdamW, loss: Callable[[Batch, Draw], Tensor], step: int, who: int = 0
+    ) -> Tensor:
+        """The gradient of step `step`, and its loss. Data and draws are those of (seed, stage, who, pass)."""
+        train = self.recipe.train
+        optimizer.zero_grad()
+        total: Any = 0.0
+        for number in range(step * train.accumulation, (step + 1) * train.accumulation):
+            key = (train.seed, self.stage, number, who) if who else (train.seed, self.stage, number)
+            draw = Draw(key, self.device, self.step / self.recipe.stages[self.stage].iterations)
+            part = loss(self._batch(number, who), draw)
+            (part / train.accumulation).backward()
+            total = total + part.detach() / train.accumulation
+        return total
+
+    def _batch(self, number: int, who: int = 0) -> Batch:
+        """Pass `number` of this stage; every stage, and whoever is trained in it, has its own order of the data."""
         train = self.recipe.train
         batch = self.dataset.batch(
             number,
             train.batch_size,
-            seed=train.seed + 1000003 * self.stage,
+            seed=train.seed + 1000003 * self.stage + 7919 * who,
             caption_dropout=self.recipe.data.caption_dropout,
         )
         return Batch(self._here(batch.latents), {k: self._here(v) for k, v in batch.cond.items()})
@@ -218,14 +279,17 @@ class Trainer:
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t.to(self.device)
 
     def _roles(self) -> list[str]:
-        return [STUDENT, EMA, PREVIOUS] if self.has_previous else [STUDENT, EMA]
+        own = self.own_roles if self.step > 0 else ()  # between two stages they are gone
+        return [STUDENT, EMA, *([PREVIOUS] if self.has_previous else []), *own]
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for role in self._roles():
-            tensors.update({f"{role}/{name}": p for name, p in self.backbone.role_parameters(role).items()})
+        groups: dict[str, Mapping[str, Tensor]] = {role: self.backbone.role_parameters(role) for role in self._roles()}
         if self.step > 0:
-            tensors.update({f"optimizer/{name}": tensor for name, tensor in self.optimizer.state_dict().items()})
+            groups["optimizer"] = self.optimizer.state_dict()
+            for auxiliary, optimizer in self.auxiliaries:
+                groups[auxiliary.name] = auxiliary.parameters
+                groups[f"optimizer.{auxiliary.name}"] = optimizer.state_dict()
+        tensors = {f"{group}/{name}": tensor for group, those in groups.items() for name, tensor in those.items()}
         save_checkpoint(self.checkpoint, tensors, {"stage": self.stage, "step": self.step, **self._identity()})
 
     def _identity(self) -> dict[str, Any]:
@@ -242,14 +306,18 @@ class Trainer:
         if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded):
             self.backbone.add_role(PREVIOUS, like=STUDENT)
             self.has_previous = True
+        if self.step > 0:
+            self._change_roles(self.recipe.stages[self.stage].roles)
         for role in self._roles():
-            for name, parameter in self.backbone.role_parameters(role).items():
-                parameter.data.copy_(self._loaded(f"{role}/{name}", parameter))
+            self._restore(role, self.backbone.role_parameters(role))
 
-    def _restore_optimizer(self) -> None:
-        own = self.optimizer.state_dict()
-        state = {name: self._loaded(f"optimizer/{name}", tensor) for name, tensor in own.items()}
-        self.optimizer.load_state_dict(state, self.step)
+    def _restore(self, group: str, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.data.copy_(self._loaded(f"{group}/{name}", tensor))
+
+    def _restore_optimizer(self, group: str, optimizer: FlatAdamW, steps: int) -> None:
+        own = optimizer.state_dict()
+        optimizer.load_state_dict({name: self._loaded(f"{group}/{name}", t) for name, t in own.items()}, steps)
 
     def _loaded(self, name: str, like: Tensor) -> Tensor:
         tensor = self.loaded.get(name)
@@ -264,9 +332,21 @@ class Trainer:
         if not isinstance(self.backbone, Backbone):
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
-        names = [f"lora-{stage.steps}step"] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else [])
-        for name in names:
+        for name in [stage.file] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else []):
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, EMA, metadata)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial values come from the seed, and torch's global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU's as well
+        yield
+
+
+def _require_grad(parameters: Mapping[str, nn.Parameter], flag: bool) -> None:
+    for parameter in parameters.values():
+        parameter.requires_grad_(flag)
 
 
 def _same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path, where: str = "") -> None:

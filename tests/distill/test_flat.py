@@ -66,6 +66,21 @@ def test_steps_are_those_of_torch(clip, forget):
         torch.testing.assert_close(own_ema[name], plain_ema[name], rtol=1e-12, atol=1e-13)
 
 
+def test_without_an_average_the_steps_are_the_same():
+    with_average, without = parameters(0), parameters(0)
+    both = (
+        FlatAdamW(with_average, parameters(1), **OPTIONS, ema_decay=0.9, clip=1.0),
+        FlatAdamW(without, **OPTIONS, clip=1.0),
+    )
+    for step in range(3):
+        for ours, own in zip(both, (with_average, without), strict=True):
+            ours.zero_grad()
+            loss(own, step).backward()
+            ours.step(1e-2)
+    assert all(torch.equal(with_average[name], without[name]) for name in SHAPES)
+    assert all(torch.equal(a, b) for a, b in zip(*(ours.state_dict().values() for ours in both), strict=True))
+
+
 def test_gradients_gather_in_one_buffer():
     own = parameters(0)
     ours = FlatAdamW(own, parameters(1), **OPTIONS, ema_decay=0.9)

@@ -18,10 +18,11 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    assert shipped() == ["emoji-full", "emoji-quick", "sd15", "sdxl"]
+    assert shipped() == ["emoji-full", "emoji-quick", "emoji-unified", "sd15", "sdxl"]
+    tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
-        recipe = load_recipe(name)
-        assert [stage.segments for stage in recipe.stages] == [8, 4, 2, 1]
+        after = {"emoji-unified": ["dmd"]}.get(name, [])
+        assert [stage.name for stage in load_recipe(name).stages] == tscd + after
     for name in ("sd15", "sdxl"):
         train = load_recipe(name).train
         assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
@@ -55,7 +56,8 @@ def test_overrides() -> None:
         ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
         (
             "stages.0.method=tscx",
-            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow; did you mean 'tscd'?",
+            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow, dmd; did you"
+            " mean 'tscd'?",
         ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),
@@ -93,3 +95,12 @@ def test_files(tmp_path: Path) -> None:
     assert "stages: missing" in line(broken)
     broken.write_text('[[stages]]\nmethod = "tscd"\nsegments = 8\niterations = 5\n')
     assert load_recipe(broken).stages[0].grid == 40
+
+
+def test_a_dmd_stage() -> None:
+    with pytest.raises(HypersdError, match=r"stages\.0\.fake_update: unknown key; did you mean 'fake_updates'\?"):
+        parse_recipe({"stages": [{"method": "dmd", "iterations": 1, "fake_update": 3}]})
+    with pytest.raises(HypersdError, match=r"stages\.0: t_range \[0\.9, 0\.1\] is not a range"):
+        parse_recipe({"stages": [{"method": "dmd", "iterations": 1, "t_range": [0.9, 0.1]}]})
+    alone = parse_recipe({"stages": [{"method": "dmd", "iterations": 1, "real_score": "base"}]})
+    assert alone.stages[0].file == "lora-dmd" and alone.stages[0].roles == ("fake", "start")

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from hypersd import files
+from hypersd.distill import trainer as training
 from hypersd.distill.data import LatentDataset
+from hypersd.distill.method import Auxiliary
 from hypersd.distill.recipe import Recipe, parse_recipe
+from hypersd.distill.stages import TSCDStage
 from hypersd.distill.trainer import Trainer
+from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora
@@ -83,6 +88,110 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_unet: Any, tmp_path: Path
     for name in ("lora-4step", "lora-2step", "lora"):
         a, b = (load_lora(tmp_path / run / f"{name}.safetensors") for run in ("whole", "cut"))
         assert a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+class WithCritic(TSCD):
+    """A method that trains a bare parameter beside the student, 3 steps for each of the student's."""
+
+    newest: ClassVar[WithCritic]
+
+    def __init__(self, stage: Any, context: Any) -> None:
+        super().__init__(stage, context)
+        self.value = torch.nn.Parameter(torch.rand(3))
+        self.seen: dict[str, list[Any]] = {"student": [], "critic": []}
+        self.measures: dict[str, torch.Tensor] = {}
+        self.warned: list[tuple[int, dict[str, float]]] = []
+        WithCritic.newest = self
+
+    def auxiliaries(self) -> list[Auxiliary]:
+        return [Auxiliary("critic", {"value": self.value}, self.critic_loss, 0.5, updates=3, betas=(0.0, 0.9))]
+
+    def loss(self, batch: Any, draw: Any) -> torch.Tensor:
+        self.seen["student"].append(batch.latents)
+        assert not self.value.requires_grad
+        self.measures["value"] = self.value.detach().mean()
+        return super().loss(batch, draw) + self.value.sum()
+
+    def critic_loss(self, batch: Any, draw: Any) -> torch.Tensor:
+        self.seen["critic"].append((batch.latents, draw.progress, self.value.detach().clone()))
+        student = list(self.context.backbone.role_parameters("student").values())
+        assert not any(p.requires_grad for p in student)
+        noise = draw.normal((3,), self.value)
+        return (self.value * (1.0 + 0.5 * noise.tanh())).sum() + sum(p.sum() for p in student)
+
+    def after_step(self, step: int, measures: dict[str, float]) -> str | None:
+        self.warned.append((step, measures))
+        return "the critic is a number" if step == 1 else None
+
+
+def test_auxiliaries_have_their_own_clock_rate_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    with caplog.at_level("WARNING", "hypersd"):
+        toy_trainer(recipe(2, iterations=2, train={"warmup": 2}), tmp_path).run()
+    method = WithCritic.newest
+    seen = method.seen
+    assert len(seen["student"]) == 2 and [progress for _, progress, _ in seen["critic"]] == [0.0] * 3 + [0.5] * 3
+    batches = [*seen["student"], *(latents for latents, _, _ in seen["critic"])]
+    assert all(not torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])
+    # all gradients are positive; Adam without momentum moves by lr g / rms(g), and warm-up halves the first three steps
+    values = torch.stack([value for _, _, value in seen["critic"]])
+    moved = values[:-1] - values[1:]
+    torch.testing.assert_close(moved[0], torch.full((3,), 0.25))
+    assert (moved[:3] > 0.05).all() and (moved[:3] < 0.5).all() and (moved[3:] > 0.1).all() and (moved[3:] < 1).all()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [set(row["measures"]) for row in rows] == [{"value", "critic_loss"}] * 2
+    assert method.warned == [(row["step"], row["measures"]) for row in rows]
+    assert rows[1]["warning"] == "the critic is a number" and "warning" not in rows[0]
+    assert [record.getMessage() for record in caplog.records] == ["the critic is a number"]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_resume_brings_back_the_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    r = recipe(2, iterations=6, train={"checkpoint_every": 3, "accumulation": 2})
+    whole = toy_trainer(r, tmp_path / "whole").run()
+    value = WithCritic.newest.value
+    with pytest.raises(Stop):
+        toy_trainer(r, tmp_path / "cut", progress=stop_at("tscd-2", step)).run()
+    resumed = toy_trainer(r, tmp_path / "cut").run(resume=True)
+    assert len(WithCritic.newest.seen["student"]) == 2 * 3
+    assert_same(whole, resumed)
+    assert torch.equal(value, WithCritic.newest.value) and losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_resume_brings_back_auxiliaries_and_frozen_roles(tmp_path: Path, step: int) -> None:
+    """A stage with a fake score on a clock of its own and a frozen copy of its start, killed off its checkpoints."""
+    stages = [{"method": "tscd", "segments": 1, "iterations": 2}]
+    stages += [{"method": "dmd", "iterations": 6, "fake_updates": 2, "fake_learning_rate": 3e-3}]
+    base = {"batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 3, "accumulation": 2}
+    r = parse_recipe({"train": base, "stages": stages})
+    whole = toy_trainer(r, tmp_path / "whole").run()
+    with pytest.raises(Stop):
+        toy_trainer(r, tmp_path / "cut", progress=stop_at("dmd", step)).run()
+    resumed = toy_trainer(r, tmp_path / "cut").run(resume=True)
+    assert_same(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    for role in ("fake", "start"):
+        one, two = weights(whole, role), weights(resumed, role)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any(not torch.equal(weights(whole, "fake")[k], weights(whole, "start")[k]) for k in weights(whole, "start"))
+
+
+def test_a_critic_that_breaks_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(WithCritic):
+        def critic_loss(self, batch: Any, draw: Any) -> torch.Tensor:
+            return self.value.sum() * (math.nan if draw.progress > 0.6 else 1.0)
+
+    monkeypatch.setitem(training.METHODS, TSCDStage, Broken)
+    r = recipe(2, iterations=4, train={"checkpoint_every": 1})
+    with pytest.raises(HypersdError, match="step 3: .* critic_loss nan; the last checkpoint is intact"):
+        toy_trainer(r, tmp_path).run()
+    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    toy_trainer(r, tmp_path).run(resume=True)
+    assert len(WithCritic.newest.seen["student"]) == 1
 
 
 def test_resume_of_a_finished_run_trains_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hypersd.distill.data import Batch, LatentDataset
+from hypersd.distill.dmd import DMD, network_target
+from hypersd.distill.method import Context, Draw
+from hypersd.distill.recipe import parse_recipe
+from hypersd.distill.stages import DMDStage
+from hypersd.distill.trainer import Trainer
+from hypersd.models.noise_process import NoiseProcess
+from tests.distill import toy
+
+# enough dimensions for the mean |x - x_real| of a sample to be no wild number
+MEAN, SPREAD = torch.linspace(-0.8, 0.9, 16), 0.3
+
+
+def stage(**options: Any) -> DMDStage:
+    defaults = {"method": "dmd", "iterations": 1, "anchor": [0.0, 0.0], "consistency": 0.0}
+    return DMDStage.model_validate(defaults | options)
+
+
+class Gaussian(nn.Module):
+    """Exact noise prediction of N(MEAN, SPREAD^2) as base. A role's is that of a Gaussian of its own mean and spread;
+    as generator such a role makes samples of exactly that Gaussian, for it is fed (nearly) pure noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles = nn.ModuleDict()
+        self.calls: list[str] = []
+        self.alpha = torch.tensor(toy.PROCESS.alpha, dtype=torch.float32)
+        self.sigma = torch.tensor(toy.PROCESS.sigma, dtype=torch.float32)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor], *, role: str = "base") -> Tensor:
+        self.calls.append(role)
+        alpha, sigma = self.alpha[timestep][:, None], self.sigma[timestep][:, None]
+        own = {"mean": MEAN, "log_spread": torch.tensor(SPREAD).log()} if role == "base" else self.roles[role]
+        mean, log_spread = own["mean"], own["log_spread"]
+        variance = (2 * log_spread).exp()
+        if role == "student":  # the PF-ODE map, whose one-step samples keep the spread
+            gain = (variance / (alpha**2 * variance + sigma**2)).sqrt()
+            return (x_t - alpha * (mean + gain * (x_t - alpha * mean))) / sigma
+        return sigma * (x_t - alpha * mean) / (alpha**2 * variance + sigma**2)
+
+    def add_role(self, role: str, like: str | None = None) -> None:
+        start = nn.ParameterDict({"mean": torch.zeros(16), "log_spread": torch.zeros(16)})
+        self.roles[role] = copy.deepcopy(self.roles[like]) if like else start
+
+    def drop_role(self, role: str) -> None:
+        del self.roles[role]
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        return dict(self.roles[role].items())
+
+    def copy_role(self, src: str, dst: str) -> None:
+        for new, old in zip(self.roles[src].values(), self.roles[dst].values(), strict=True):
+            old.data.copy_(new.data)
+
+
+def train(tmp_path: Any, iterations: int, **options: Any) -> Gaussian:
+    g = torch.Generator().manual_seed(5)
+    data = LatentDataset([{"latents": MEAN + SPREAD * torch.randn(512, 16, generator=g)}], [""] * 512, {})
+    one = {"method": "dmd", "iterations": iterations, "real_score": "base", "guidance_scale": [1.0, 1.0]}
+    one |= {"anchor": [0.0, 0.0], "consistency": 0.0}
+    recipe = {"train": {"batch_size": 64, "learning_rate": 0.02}, "stages": [one | options]}
+    return Trainer(parse_recipe(recipe), toy.COMPONENTS, data, tmp_path, backbone=Gaussian()).run()
+
+
+def test_a_gaussian_student_moves_to_the_teachers_gaussian(tmp_path: Any) -> None:
+    """From N(0, 1) to N(MEAN, SPREAD^2), mean and spread, with a fake score that is learned meanwhile."""
+    model = train(tmp_path, 300, fake_learning_rate=0.05)
+    student = model.roles["ema"]
+    torch.testing.assert_close(student["mean"].data, MEAN, rtol=0, atol=0.06)
+    torch.testing.assert_close(student["log_spread"].data.exp(), torch.full((16,), SPREAD), rtol=0.2, atol=0)
+    # and the fake score knows the student's distribution
+    torch.testing.assert_close(model.roles["fake"]["mean"].data, model.roles["student"]["mean"].data, rtol=0, atol=0.1)
+
+
+def test_the_fake_score_has_a_clock_of_its_own(tmp_path: Any) -> None:
+    model = train(tmp_path, 3, fake_updates=4)
+    # a step: student, base, fake (scores), then 4 times student (samples) and fake (loss)
+    assert model.calls == (["student", "base", "fake"] + ["student", "fake"] * 4) * 3
+
+
+def fixed(tmp: Any = None, **options: Any) -> tuple[DMD, Gaussian]:
+    model = Gaussian()
+    for role in ("student", "fake", "start"):
+        model.add_role(role)
+    return DMD(stage(**options), Context(model, toy.PROCESS, {})), model
+
+
+def batch(size: int) -> Batch:
+    return Batch(MEAN + SPREAD * torch.randn(size, 16, generator=torch.Generator().manual_seed(1)), {})
+
+
+def test_the_gradient_points_from_fake_to_real() -> None:
+    """Student and fake at mean 0, the teacher at MEAN: gradient descent must move the student's mean towards MEAN."""
+    method, model = fixed(real_score="base", guidance_scale=[1.0, 1.0])
+    method.loss(batch(256), Draw((1,), torch.device("cpu"))).backward()
+    step = -model.roles["student"]["mean"].grad
+    assert torch.equal(step.sign(), MEAN.sign())
+    # where fake and real agree there is nothing to gain: "tscd" is the student's own beginning
+    method, model = fixed(real_score="tscd")
+    method.loss(batch(64), Draw((1,), torch.device("cpu"))).backward()
+    assert not model.roles["student"]["mean"].grad.any()
+
+
+def test_the_loss_is_that_of_the_papers() -> None:
+    """DMD2's expression, written out for one batch with the draws repeated."""
+    method, model = fixed(real_score="base", guidance_scale=[3.0, 3.0], t_range=[0.4, 0.4])
+    model.roles["student"]["mean"].data.fill_(0.2)
+    loss = method.loss(batch(6), Draw((7, 7), torch.device("cpu")))
+    draw = Draw((7, 7), torch.device("cpu"))
+    z, noise = (draw.normal((6, 16), torch.zeros(1)) for _ in range(2))
+    alpha, sigma = (float(v[399]) for v in (toy.PROCESS.alpha, toy.PROCESS.sigma))
+    time = torch.full((6,), 399)
+    a, s = toy.PROCESS.at(999)
+    x = (z - s * model(z, torch.full((6,), 999), {}, role="student")) / a
+    x_t = alpha * x + sigma * noise
+    real, fake = ((x_t - sigma * model(x_t, time, {}, role=role)) / alpha for role in ("base", "fake"))
+    # without a prompt's condition the guided output is the plain one
+    direction = (fake - real) / (x - real).abs().mean(1, keepdim=True)
+    expected = 0.5 * (x - (x - direction).detach()).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.measures["diversity"], x.std(0, correction=0).square().mean().sqrt()
+                               / batch(6).latents.std(0, correction=0).square().mean().sqrt())  # fmt: skip
+
+
+def _number(value: Tensor) -> float:
+    return float(value.detach())
+
+
+def test_the_anchor_holds_the_student_at_its_beginning() -> None:
+    method, model = fixed(real_score="tscd", anchor=[1.0, 0.5], anchor_steps=4)
+    for name, value in (("student", 0.3), ("fake", 0.0), ("start", 0.0)):
+        model.roles[name]["mean"].data.fill_(value)
+    z = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    x = z.clone()
+    times = [999, 749, 499, 249]
+    for t, s in zip(times, [*times[1:], None], strict=True):
+        eps = model(x, torch.full((5,), t), {}, role="start")
+        x_0 = (x - toy.PROCESS.sigma[t] * eps) / toy.PROCESS.alpha[t]
+        x = x_0 if s is None else toy.PROCESS.alpha[s] * x_0 + toy.PROCESS.sigma[s] * eps
+    torch.testing.assert_close(method._anchor(z, {}), x.float())
+    values = [_number(method.loss(batch(32), Draw((3,), torch.device("cpu"), p))) for p in (0.0, 0.5)]
+    method.stage = stage(real_score="tscd")
+    bare = _number(method.loss(batch(32), Draw((3,), torch.device("cpu"))))
+    assert values[0] - bare == pytest.approx((values[1] - bare) / 0.75, rel=1e-4) and values[0] > bare
+
+
+def test_a_share_of_the_batch_trains_on_the_consistency_loss() -> None:
+    method, model = fixed(consistency=0.25, consistency_weight=2.0)
+    sizes: list[int] = []
+
+    def record(part: Batch, draw: Draw) -> Tensor:
+        sizes.append(len(part.latents))
+        return torch.tensor(10.0)
+
+    method.tscd.loss = record  # type: ignore[method-assign]
+    value = method.loss(batch(8), Draw((1,), torch.device("cpu")))
+    assert sizes == [2] and value.item() == pytest.approx(20.0)
+    assert method.tscd.grid.t_b.max() == 0 and method.tscd.teacher_role == "base"
+    everything, model = fixed(consistency=1.0)
+    model.add_role("ema")
+    everything.loss(batch(8), Draw((1,), torch.device("cpu"))).backward()
+    assert "fake" not in model.calls
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+def test_the_fake_scores_target_is_what_the_network_ought_to_say(kind: str) -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
+    process = NoiseProcess.from_config(flow if kind == "flow" else toy.SCHEDULER | {"prediction_type": kind})
+    t = np.array([0, 17, 500, 998])
+    alpha, sigma = process.at(t)
+    expected = {
+        "epsilon": (0 * t, 1 + 0 * t), "sample": (1 + 0 * t, 0 * t), "v_prediction": (-sigma, alpha),
+        "flow": (-1 + 0 * t, 1 + 0 * t),
+    }[kind]  # fmt: skip
+    np.testing.assert_allclose(network_target(process, t), np.stack(expected, -1), rtol=1e-9, atol=1e-9)
+
+
+def test_the_file_serves_one_to_eight_steps() -> None:
+    metadata = DMD.metadata(stage(), toy.PROCESS)
+    assert metadata["solver"] == "tcd" and metadata["steps"] == "1" and metadata["method"] == "dmd"
+    assert DMD.metadata(stage(consistency=0.3), toy.PROCESS)["steps"] == "1,2,4,8"
+    assert json.loads(DMD.metadata(stage(timestep=800), toy.PROCESS)["timesteps"]) == {"1": [800]}
+
+
+def test_samples_that_are_all_alike_are_reported() -> None:
+    method, _ = fixed()
+    found = [method.after_step(step, {"diversity": 0.4 if step > 2 else 0.9}) for step in range(30)]
+    assert [step for step, warning in enumerate(found) if warning] == [22]
+    assert "stage dmd, step 22" in found[22] and "raise the stage's anchor" in found[22]
