@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ from hypersd.kernels import affine_step, consistency_loss
 from hypersd.models.noise_process import NoiseProcess
 
 Cond = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """Two jumps to t_end: the student's from x_t, whose network said m, and the target's from x_prev. m_target is 0
+    where the target's jump goes nowhere. The timesteps are int64 (B,)."""
+
+    x_t: Tensor
+    m: Tensor
+    x_prev: Tensor
+    m_target: Tensor
+    t: np.ndarray
+    t_prev: np.ndarray
+    t_end: np.ndarray
+    coef: np.ndarray  # loss_coef
 
 
 class Consistency:
@@ -43,6 +59,15 @@ class Consistency:
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch. latents (B, C, ...), one t, t_end and guidance scale per sample."""
+        return self.distance(self.jumps(batch, draw))
+
+    def distance(self, jumps: Jumps) -> Tensor:
+        """consistency_loss of the two ends."""
+        stage, coef = self.stage, on_device(jumps.coef, jumps.x_t)
+        return consistency_loss(jumps.m, jumps.x_t, jumps.m_target, jumps.x_prev, coef, kind=stage.loss, c=stage.c)
+
+    def jumps(self, batch: Batch, draw: Draw) -> Jumps:
+        """Start, teacher's step and both networks' outputs; only `m` has a gradient."""
         stage, x_0, cond = self.stage, batch.latents, batch.cond
         size = len(x_0)
         t, t_prev, t_end = self.points(draw.host, size)
@@ -56,7 +81,7 @@ class Consistency:
             x_prev = teacher_step(self.context, self.teacher_role, x_t, t, cond, teacher, self.guided)
             m_target = output_where(self.context, self.target_role, x_prev, t_prev, cond, coef[:, 3] != 0)
         m = self.context.backbone(x_t, network_time(self.process, t, x_0), cond, role=STUDENT)
-        return consistency_loss(m, x_t, m_target, x_prev, on_device(coef, x_0), kind=stage.loss, c=stage.c)
+        return Jumps(x_t, m, x_prev, m_target, t, t_prev, t_end, coef)
 
     def diffuse_coef(self, t: np.ndarray, pure: np.ndarray) -> np.ndarray:
         """(B, 2): x_t = c0 x_0 + c1 noise; (0, 1) where the start is pure noise."""

@@ -108,9 +108,14 @@ class TSCDStage(ConsistencyStage):
     boundary with probability `t_end_mix`.
     `weighting`: "inv_b2" measures the distance in units of the network's eps error (it divides by the jump's own factor
     B), so that high noise levels do not drown the others.
+    `adversarial_weight`: of a critic's opinion of the student's ends (hypersd.distill.adversarial), 0 for none;
+    `consistency_weight`: of the distance beside it. `critic_learning_rate` None: the student's.
     """
 
     method: Literal["tscd"]
+    consistency_weight: NonNegative = 1.0
+    adversarial_weight: NonNegative = 0.0
+    critic_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-5
     segments: Positive
     grid: Positive = 40
     teacher: Literal["base", "previous_stage"] = "base"
@@ -140,6 +145,11 @@ class TSCDStage(ConsistencyStage):
     @property
     def teacher_passes(self) -> int:
         return 1 if self.needs_previous else super().teacher_passes
+
+    @property
+    def network_evaluations(self) -> float:
+        # the critic: the student's end with a gradient; then jumps of its own and two ends
+        return super().network_evaluations + (0 if self.adversarial_weight == 0 else 3 + self.teacher_passes + 4)
 
     def follow(self, before: BaseStage) -> None:
         if not isinstance(before, TSCDStage | TCDStage):

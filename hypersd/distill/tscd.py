@@ -9,10 +9,15 @@ student's jump x_t -> t_end must agree with the target network's jump x_t' -> t_
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from hypersd.distill.method import BASE, PREVIOUS, Context
+from hypersd.distill.adversarial import Adversary
+from hypersd.distill.data import Batch
+from hypersd.distill.method import BASE, PREVIOUS, Auxiliary, Context, Draw
 from hypersd.distill.parts import Consistency
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.stages import TCDStage, TSCDStage
@@ -38,6 +43,33 @@ class TSCD(Consistency):
         )
         # guidance is baked into a previous stage's weights
         self.guided = self.guided and before is None
+        self.adversary: Adversary | None = None
+        self.measures: dict[str, Tensor] = {}
+        if isinstance(stage, TSCDStage) and stage.adversarial_weight > 0:
+            self.adversary = Adversary(stage, context)
+            self.measures = self.adversary.measures
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """The distance, and where the stage has a critic its opinion, each by its weight."""
+        jumps = self.jumps(batch, draw)
+        loss = self.distance(jumps)
+        if self.adversary is None or not isinstance(self.stage, TSCDStage):
+            return loss
+        opinion = self.adversary.generator_loss(jumps, batch.cond, draw)
+        return self.stage.consistency_weight * loss + self.stage.adversarial_weight * opinion
+
+    def auxiliaries(self) -> Sequence[Auxiliary]:
+        return () if self.adversary is None else [self.adversary.auxiliary(self._critic_loss)]
+
+    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
+        """A warning where the critic always wins, else None."""
+        return None if self.adversary is None else self.adversary.after_step(step, measures)
+
+    def _critic_loss(self, batch: Batch, draw: Draw) -> Tensor:
+        assert self.adversary is not None
+        with torch.no_grad():
+            jumps = self.jumps(batch, draw)
+        return self.adversary.critic_loss(jumps, batch.cond, draw)
 
     def points(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.grid.sample(rng, size, self.stage.t_end, self.stage.t_end_mix)
