@@ -194,8 +194,8 @@ def evaluate_paper(
     ] = None,
     budget: Annotated[
         float, typer.Option(min=1, help="network evaluations of each training; forward 1, backward 2")
-    ] = 500_000,
-    samples: Annotated[int, typer.Option(min=2, help="pictures a row")] = 2048,
+    ] = 100_000,
+    samples: Annotated[int, typer.Option(min=2, help="pictures a row")] = 1024,
     seeds: Annotated[int, typer.Option(min=1, help="how many")] = 3,
     overrides: Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="override a key of every recipe")] = [],  # noqa: B006
     rows: Annotated[Path, typer.Option(help="file that rows are appended to")] = Path("bench/results/paper.jsonl"),
