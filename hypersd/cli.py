@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from hypersd.errors import HypersdError
 
@@ -147,7 +148,18 @@ def sample(
     _say(f"{len(captions)} pictures in {out}")
 
 
-@app.command()
+class _Evaluate(TyperGroup):
+    """`hypersd evaluate FILE` judges a file, `hypersd evaluate paper` is a command of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] == ["paper"] else ["lora", *args])
+
+
+evaluation = typer.Typer(cls=_Evaluate)
+app.add_typer(evaluation, name="evaluate", help="Judge a LoRA beside its teacher; `evaluate paper`: every method.")
+
+
+@evaluation.command("lora")
 def evaluate(
     lora: Annotated[Path, typer.Argument(help="LoRA file")],
     model: Model = "embedded",
@@ -173,6 +185,38 @@ def evaluate(
     )  # fmt: skip
     _summary(metrics)
     _say(f"report: {out / 'report.html'}")
+
+
+@evaluation.command("paper")
+def evaluate_paper(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="only these, as lcm or pcm-phases4 [default: all]")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=1, help="network evaluations of each training; forward 1, backward 2")
+    ] = 100_000,
+    samples: Annotated[int, typer.Option(min=2, help="pictures a row")] = 1024,
+    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 3,
+    overrides: Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="override a key of every recipe")] = [],  # noqa: B006
+    rows: Annotated[Path, typer.Option(help="file that rows are appended to")] = Path("bench/results/paper.jsonl"),
+    page: Annotated[Path, typer.Option(help="page that --draw writes")] = Path("docs/paper.md"),
+    draw: Annotated[bool, typer.Option("--draw", help="only draw the page from the rows")] = False,
+    out: Annotated[Path, typer.Option(help="folder for trainings and judged pictures")] = Path("out/paper"),
+    device: Device = "auto",
+) -> None:
+    """Train every method at the same budget on the embedded model and judge it; goes on where it was stopped."""
+    from hypersd import paper
+
+    if not draw:
+        chosen = paper.choose(methods or [])
+        job = paper.Paper(
+            out, rows, budget=budget, samples=samples, overrides=overrides, device=device, console=error_console
+        )
+        job.run(chosen, range(seeds))
+        _say(f"rows: {rows}")
+        return
+    paper.write_page(rows, page)
+    _say(f"page: {page}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ No number here is called FID or CLIP score: those names belong to one particular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -124,3 +124,35 @@ def bootstrap_interval(
     means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def paired_bootstrap(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    statistic: Callable[[Tensor], float] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(difference, low, high): the mean of `statistic` over the runs of `first` less that over the runs of `second`,
+    with its percentile interval.
+
+    Each run is (N, ...), one row a caption, the same captions in the same order in every run of both. Captions are
+    drawn with replacement, one draw for all runs, so what makes a caption hard cancels out. statistic: of the rows of
+    one run; their mean without NaN unless given.
+    """
+    counts = {len(run) for run in [*first, *second]}
+    if not first or not second or len(counts) != 1 or counts == {0}:
+        raise HypersdError(f"a paired comparison needs runs over the same captions, got {sorted(counts)} of them")
+    (count,) = counts
+    measure = statistic or (lambda rows: float(rows.double().nanmean()))
+
+    def difference(index: Tensor) -> float:
+        one, two = (np.mean([measure(run[index]) for run in runs]) for runs in (first, second))
+        return float(one - two)
+
+    rng = np.random.default_rng(seed)
+    drawn = [difference(torch.from_numpy(rng.integers(0, count, count))) for _ in range(resamples)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return difference(torch.arange(count)), float(low), float(high)

@@ -92,8 +92,8 @@ class Judge:
         return diversity(features.reshape(groups, -1, features.shape[1]))
 
     @torch.no_grad()
-    def row(self, images: Iterable[np.ndarray], nfe: int = 0) -> tuple[Row, Row]:
-        """(row, intervals of its mean columns)."""
+    def measure(self, images: Iterable[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+        """((N, D) float32 features, {column: (N,) float64} of what the evaluator can judge)."""
         features: list[Tensor] = []
         scores: dict[str, list[Tensor]] = {"alignment": [], "objects": [], "aesthetic": []}
         start = 0
@@ -103,11 +103,15 @@ class Judge:
             for name, values in self._scores(x, part).items():
                 scores[name].append(values.detach().double().cpu())
             start += len(batch)
+        return torch.cat(features), {name: torch.cat(parts) for name, parts in scores.items() if parts}
+
+    def row(self, images: Iterable[np.ndarray], nfe: int = 0) -> tuple[Row, Row]:
+        """(row, intervals of its mean columns)."""
+        features, scores = self.measure(images)
         row: Row = dict.fromkeys(COLUMNS) | {"nfe": nfe}
-        row["frechet"] = frechet_distance(Moments.of(torch.cat(features)), self.real)
-        found = {name: torch.cat(parts) for name, parts in scores.items() if parts}
-        row |= {name: float(values.nanmean()) for name, values in found.items()}
-        return row, {name: list(bootstrap_interval(values)) for name, values in found.items()}
+        row["frechet"] = frechet_distance(Moments.of(features), self.real)
+        row |= {name: float(values.nanmean()) for name, values in scores.items()}
+        return row, {name: list(bootstrap_interval(values)) for name, values in scores.items()}
 
     def _scores(self, images: Tensor, part: slice) -> dict[str, Tensor]:
         """One value per picture, of what the evaluator can judge."""

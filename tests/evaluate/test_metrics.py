@@ -12,6 +12,7 @@ from hypersd.evaluate.metrics import (
     frechet_distance,
     kernel_distance,
     object_recall,
+    paired_bootstrap,
 )
 
 
@@ -105,6 +106,33 @@ def test_bootstrap_interval_has_the_width_of_the_normal_one_and_repeats():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert bootstrap_interval(torch.from_numpy(values)) == (low, high)
     assert bootstrap_interval(np.array([1.0, 1.0, np.nan])) == (1.0, 1.0)
+
+
+def test_paired_bootstrap_sees_a_shift_that_the_spread_of_captions_hides():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0.0, 10.0, 400)  # what a caption is worth, in both
+    first, second = ([torch.from_numpy(hard + shift + rng.normal(0, 0.5, 400)) for _ in range(2)] for shift in (0.3, 0))
+    difference, low, high = paired_bootstrap(first, second)
+    assert difference == pytest.approx(float(torch.stack(first).mean() - torch.stack(second).mean()))
+    # two runs a side, independent noise: the variance of a caption's difference is 4 * 0.25 / 4
+    assert 0.2 < low < difference < high < 0.4
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+    swapped = paired_bootstrap(second, first)
+    assert swapped == pytest.approx((-difference, -high, -low))
+    assert paired_bootstrap(first, first) == (0.0, 0.0, 0.0)
+
+
+def test_paired_bootstrap_of_a_distance():
+    real = gaussian(torch.zeros(2), torch.eye(2))
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((500, 2)))
+    x = x - x.mean(0)
+    near, far = x + torch.tensor([0.2, 0.0]), x + torch.tensor([0.5, 0.0])
+    difference, low, high = paired_bootstrap(
+        [near], [far], lambda rows: frechet_distance(Moments.of(rows), real), resamples=200
+    )
+    assert low < difference < high < 0 and difference == pytest.approx(0.2**2 - 0.5**2, abs=0.05)
+    with pytest.raises(HypersdError, match="the same captions"):
+        paired_bootstrap([x], [x[1:]])
 
 
 def test_broken_features_are_refused():

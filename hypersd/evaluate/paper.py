@@ -1,0 +1,213 @@
+"""The paper's tables in miniature: what is trained, the file of rows, and the page drawn from it.
+
+A variant is one training of one method; every variant spends the same budget, counted in network evaluations of one
+sample (forward 1, backward 2). One row of the file is one (table, method, variant, steps, seed).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hypersd.distill.recipe import Recipe, load_recipe, parse_recipe
+from hypersd.errors import HypersdError
+
+TEACHER, UNDISTILLED = "teacher", "undistilled"
+GUIDANCE, TEACHER_STEPS = 2.5, 25
+STEPS = (1, 2, 4, 8)
+BASE = "emoji-full"  # model, data, adapter and optimizer of every variant
+TABLES = {
+    "2": "Every method at 1, 2, 4 and 8 steps",
+    "3": "TCD and TSCD",
+    "teacher": "TSCD: who teaches the later stages",
+    "t_end": "TSCD: where the two jumps meet",
+    "k": "TSCD: the numbers of segments",
+    "distance": "TSCD: the distance",
+    "N": "TSCD: points of the solver's grid",
+}
+COLUMNS = ("frechet", "frechet_to_teacher", "alignment", "objects", "aesthetic", "diversity")
+LOWER_IS_BETTER = ("frechet", "frechet_to_teacher")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """stages: of the recipe, without iterations; each gets its share of the budget (equal ones unless given).
+
+    steps: the numbers of sampling steps that are judged. by_stage: at k steps the weights that the stage for k steps
+    ended with, and not the last stage's. trained_as: the name of the variant whose training this one shares.
+    data: overrides of the recipe's section.
+    """
+
+    tables: tuple[str, ...]
+    method: str
+    name: str = ""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    steps: tuple[int, ...] = STEPS
+    shares: tuple[float, ...] = ()
+    by_stage: bool = False
+    trained_as: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Of the training."""
+        name = (self.trained_as or self.name).replace("=", "").replace(" ", "-")
+        return f"{self.method}-{name}" if name else self.method
+
+    @property
+    def judged(self) -> str:
+        """Begins the names of the files with what was judged."""
+        return "judged-by-stage" if self.by_stage else "judged"
+
+
+def segments(*numbers: int, **options: Any) -> tuple[dict[str, Any], ...]:
+    """TSCD stages with these numbers of segments."""
+    return tuple({"method": "tscd", "segments": k, **options, **late(k)} for k in numbers)
+
+
+def late(k: int) -> dict[str, Any]:
+    """The last two stages start from pure noise half of the time, without offset noise."""
+    return {"offset_noise": 0.0, "pure_noise": 0.5} if k <= 2 else {}
+
+
+def ablations() -> list[Variant]:
+    ladder = (8, 4, 2, 1)
+    found = [Variant(("2", "3", "k", "teacher", "t_end", "distance", "N"), "tscd", "8-4-2-1", segments(*ladder))]
+    found.append(Variant(("3",), "tscd", "8-4-2-1 by stage", segments(*ladder), by_stage=True, trained_as="8-4-2-1"))
+    found += [Variant(("k",), "tscd", name, segments(*ks)) for name, ks in (("1", (1,)), ("4-1", (4, 1)))]
+    previous = segments(8) + tuple(s | {"teacher": "previous_stage", "grid": 16} for s in segments(4, 2, 1))
+    found.append(Variant(("teacher",), "tscd", "previous stage", previous))
+    found += [Variant(("t_end",), "tscd", f"t_end={p}", segments(*ladder, t_end=p)) for p in ("uniform", "boundary")]
+    found += [Variant(("distance",), "tscd", d, segments(*ladder, loss=d)) for d in ("mse", "huber", "l1")]
+    found.append(Variant(("distance",), "tscd", "inv_b2", segments(*ladder, weighting="inv_b2")))
+    found += [Variant(("N",), "tscd", f"N={n}", segments(*ladder, grid=n)) for n in (20, 200)]
+    return found
+
+
+VARIANTS: list[Variant] = [
+    Variant(("2",), TEACHER, steps=(TEACHER_STEPS,)),
+    Variant(("2",), UNDISTILLED),
+    Variant(("2",), "lcm", stages=({"method": "lcm"},)),
+    Variant(("2", "3"), "tcd", stages=({"method": "tcd"},)),
+    # weights that are made for one number of steps get the whole budget for each
+    *(Variant(("2",), "pcm", f"phases={k}", ({"method": "pcm", "phases": k},), (k,)) for k in STEPS),
+    Variant(("2",), "tdd", stages=({"method": "tdd", "sampling_steps": [1, 8]},)),
+    *(Variant(("2",), "perflow", f"windows={k}", ({"method": "perflow", "windows": k},), (k,)) for k in STEPS),
+    *ablations(),
+]
+
+
+def recipe_of(variant: Variant, budget: float, seed: int, overrides: Sequence[str] = ()) -> Recipe:
+    """The variant's recipe: iterations so that the run costs `budget` network evaluations, at least one a stage."""
+    document = load_recipe(BASE, overrides).model_dump(mode="json", exclude={"stages"}, exclude_none=True)
+    document["train"]["seed"] = seed
+    document["data"] |= dict(variant.data)
+    batch = document["train"]["batch_size"] * document["train"]["accumulation"]
+    stages = [{"guidance_scale": [GUIDANCE, GUIDANCE], **stage, "iterations": 1} for stage in variant.stages]
+    typed = parse_recipe(document | {"stages": stages}, variant.folder).stages
+    shares = variant.shares or (1.0 / len(stages),) * len(stages)
+    for stage, one, share in zip(stages, typed, shares, strict=True):
+        stage["iterations"] = max(1, round(share * budget / (batch * one.network_evaluations)))
+    return parse_recipe(document | {"stages": stages}, variant.folder)
+
+
+def evaluations_of(recipe: Recipe, stages: int | None = None) -> int:
+    """What the first `stages` stages cost in network evaluations; all unless given."""
+    batch = recipe.train.batch_size * recipe.train.accumulation
+    return round(sum(stage.iterations * batch * stage.network_evaluations for stage in recipe.stages[:stages]))
+
+
+class Ledger:
+    """The file of rows, JSON lines: read, and appended to row by row, so that an interrupted run goes on."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
+                try:
+                    self.rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    raise HypersdError(
+                        f"{self.path} line {number} is cut short or not JSON; remove that line"
+                    ) from None
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The rows whose columns have these values."""
+        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+
+    def append(self, row: dict[str, Any]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise HypersdError(f"cannot write {self.path}: {error.strerror or error}") from None
+        self.rows.append(row)
+
+
+def spread(values: Iterable[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation over the seeds."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    mean = f"{np.mean(found):.{digits}g}"
+    return mean if len(found) == 1 else f"{mean} ± {np.std(found, ddof=1):.2g}"
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page, Markdown, of the rows of a Ledger."""
+    if not rows:
+        raise HypersdError("there are no rows to draw; run `hypersd evaluate paper` first")
+    lines = ["# The paper's tables in miniature", ""]
+    measured = [row for row in rows if row["table"] in TABLES]
+    for settings in sorted({(row["budget"], row["samples"], row["features"]) for row in measured}):
+        budget, samples, features = settings
+        same = [row for row in measured if (row["budget"], row["samples"], row["features"]) == settings]
+        seeds = sorted({row["seed"] for row in same})
+        lines += [
+            f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
+            f"{samples:,} pictures a row, features: {features}; mean and standard deviation over the seeds "
+            f"{', '.join(map(str, seeds))}. Written by `hypersd evaluate paper --draw`.",
+            "",
+        ]
+        for table, title in TABLES.items():
+            lines += _table(title, [row for row in same if row["table"] == table])
+    lines += _pairs([row for row in rows if row["table"] == "pairs"])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    names = ("Frechet", "to the teacher", "alignment", "objects", "aesthetic", "diversity", "evaluations")
+    lines = [f"## {title}", "", "| steps | method | " + " | ".join(names) + " |"]
+    lines.append("| --- " * 2 + "| ---: " * len(names) + "|")
+    keys = dict.fromkeys((row["steps"], row["method"], row["variant"]) for row in rows)
+    for steps, method, variant in sorted(keys, key=lambda key: key[0]):
+        cell = [row for row in rows if (row["steps"], row["method"], row["variant"]) == (steps, method, variant)]
+        values = [spread(row[column] for row in cell) for column in COLUMNS]
+        label = f"{method} ({variant})" if variant else method
+        lines.append(f"| {steps} | {label} | " + " | ".join(values) + f" | {cell[0]['network_evaluations']:,} |")
+    return [*lines, ""]
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["## Differences, paired over captions", "", "| steps | method | against | column | difference | 95 % |"]
+    lines.append("| --- | --- | --- | --- | ---: | --- |")
+    for row in sorted(rows, key=lambda row: (row["steps"], row["against"])):
+        lines.append(
+            f"| {row['steps']} | {row['method']} | {row['against']} | {row['column']} | {row['difference']:+.3g} "
+            f"| {row['low']:+.3g} to {row['high']:+.3g} |"
+        )
+    return [*lines, ""]

@@ -1,0 +1,238 @@
+"""Rebuilds the paper's tables on the embedded model: trains and judges every variant, row by row, and resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hypersd.console import Progress
+from hypersd.distill.recipe import Recipe
+from hypersd.distill.trainer import Trainer
+from hypersd.errors import HypersdError
+from hypersd.evaluate.generate import generate
+from hypersd.evaluate.metrics import Moments, frechet_distance, paired_bootstrap
+from hypersd.evaluate.paper import (
+    COLUMNS,
+    GUIDANCE,
+    TEACHER,
+    TEACHER_STEPS,
+    UNDISTILLED,
+    VARIANTS,
+    Ledger,
+    Variant,
+    draw,
+    evaluations_of,
+    recipe_of,
+)
+from hypersd.evaluate.report import finite, versions
+from hypersd.evaluate.run import Judge
+from hypersd.files import atomic_write
+from hypersd.resolve import (
+    EMBEDDED,
+    has_bfloat16,
+    load_dataset,
+    load_model,
+    load_with_lora,
+    pick_device,
+    read_lora,
+    scene_references,
+    writable,
+)
+from hypersd.sampling.sampler import sampler_for
+from hypersd.sampling.solvers import Table, ddim
+from hypersd.sampling.timesteps import trailing
+
+VARIETY = (64, 4)  # captions, pictures of each
+CAPTIONS_SEED = 0  # every row is judged on the same captions
+MAIN = ("unified", "tscd")  # what the others are compared with: the first that has rows
+
+
+class Paper:
+    """budget: network evaluations of each training; samples: captions of each row; seeds: of data, adapter and noise.
+
+    Under `out`: budget-<budget>/seed-<seed>/<method>-<variant>, a folder for each training with its LoRA files and, per
+    number of steps, the features and scores of every caption; the encoded pictures, shared by the trainings of a seed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        rows: Path,
+        *,
+        budget: float,
+        samples: int,
+        overrides: Sequence[str] = (),
+        device: str = "auto",
+        console: Console | None = None,
+    ) -> None:
+        from hypersd.emoji import evaluators
+
+        self.out, self.ledger, self.budget, self.samples = writable(out), Ledger(rows), budget, samples
+        self.device, self.console = device, console
+        bfloat16 = has_bfloat16(pick_device(device))
+        self.overrides = [*overrides, *([] if bfloat16 else ["train.dtype=float32"])]
+        reference, _ = scene_references(samples, CAPTIONS_SEED, (1, 1))
+        evaluator = evaluators.load("judge", pick_device(device))
+        self.judge = Judge(evaluator, evaluator.features, reference, device=pick_device(device))
+
+    def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+        """Add the rows that lack. Comparisons come last, where all seeds of both sides are there."""
+        for seed in seeds:
+            for variant in variants:
+                for steps in variant.steps:
+                    self.cell(variant, steps, seed)
+        self.compare(variants, seeds)
+
+    def cell(self, variant: Variant, steps: int, seed: int) -> None:
+        """One method at one number of steps with one seed: trained where it is not yet, judged, appended."""
+        key = {"method": variant.method, "variant": variant.name, "steps": steps, "seed": seed}
+        key |= {"budget": self.budget, "samples": self.samples}
+        missing = [table for table in variant.tables if not self.ledger.find(table=table, **key)]
+        if not missing:
+            return
+        recipe = self.train(variant, seed) if variant.stages else None
+        found = self.pictures(variant, steps, seed)
+        features, scores = found["features"], {name: found[name] for name in COLUMNS if name in found}
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {name: float(values.nanmean()) for name, values in scores.items()}
+        row["frechet"] = frechet_distance(Moments.of(features), self.judge.real)
+        if variant.method != TEACHER:
+            row["frechet_to_teacher"] = frechet_distance(Moments.of(features), Moments.of(self.teacher(seed)))
+        row["diversity"] = float(found["diversity"])
+        stages = self.stages_of(variant, recipe, steps)
+        cost = {"train_seconds": 0.0, "network_evaluations": 0}
+        if recipe is not None:
+            cost = {
+                "train_seconds": round(_seconds(self.folder(variant, seed), stages), 1),
+                "network_evaluations": evaluations_of(recipe, stages),
+            }
+        about = {"features": "emoji judge", "recipe": recipe.model_dump(mode="json") if recipe else None}
+        for table in missing:
+            self.ledger.append(finite({"table": table} | key | row | cost | about | {"versions": versions()}))
+
+    def train(self, variant: Variant, seed: int) -> Recipe:
+        """Run the variant's training, or go on with it, or find it done."""
+        recipe, folder = recipe_of(variant, self.budget, seed, self.overrides), self.folder(variant, seed)
+        own, done = recipe.model_dump(mode="json"), folder / "recipe.json"
+        if done.exists():
+            if json.loads(done.read_text("utf-8")) != own:
+                raise HypersdError(f"{folder} was trained by another recipe; remove it or choose another --out")
+            return recipe
+        components = load_model(EMBEDDED, self.device)
+        work = {stage.name: float(stage.iterations) for stage in recipe.stages}
+        with Progress(work, self.console) as progress:
+            latents = self.out / f"latents-{seed}-{recipe.data.count}"
+            dataset = load_dataset(recipe, components, latents, lambda n, of: progress("encode pictures", n, of))
+            trainer = Trainer(
+                recipe, components, dataset, folder,
+                progress=lambda stage, step, total, loss: progress(
+                    f"{variant.folder} {stage}", step, total, f"loss {loss:.3g}"
+                ),
+            )  # fmt: skip
+            trainer.run(resume=trainer.checkpoint.exists())
+        atomic_write(done, lambda path: path.write_text(json.dumps(own), "utf-8"))
+        trainer.checkpoint.unlink()
+        return recipe
+
+    def pictures(self, variant: Variant, steps: int, seed: int) -> dict[str, Tensor]:
+        """Features and scores of every caption, and the diversity, from a file or from fresh pictures."""
+        path = self.folder(variant, seed) / f"{variant.judged}-{steps}-{self.samples}.safetensors"
+        if path.exists():
+            return load_file(path)
+        state, metadata, role = self.weights(variant, steps, seed)
+        backbone, components, process = load_with_lora(EMBEDDED, state, metadata, self.device)
+        if variant.method in (TEACHER, UNDISTILLED):
+            table = ddim(process, trailing(steps, process.num_train_timesteps)).guided(GUIDANCE)
+        else:
+            table = sampler_for(process, metadata, steps)
+        captions = self.judge.reference.captions
+        groups = min(VARIETY[0], len(captions))
+        varied = [caption for caption in captions[:groups] for _ in range(VARIETY[1])]
+        with Progress(None, self.console) as progress, backbone.folded():
+
+            def stream(texts: list[str], noise: int, table: Table = table) -> Iterator[Any]:
+                return generate(
+                    components, backbone, table, texts, role=role, seed=noise,
+                    progress=lambda done, total: progress(f"judge {variant.folder} {steps}", done, total),
+                )  # fmt: skip
+
+            features, scores = self.judge.measure(stream(captions, seed))
+            diversity = self.judge.diversity(stream(varied, seed + 1_000_003), groups)
+        found = {"features": features, **scores, "diversity": torch.tensor(diversity)}
+        atomic_write(path, lambda temporary: save_file(found, temporary))
+        return found
+
+    def weights(self, variant: Variant, steps: int, seed: int) -> tuple[dict[str, Tensor], dict[str, str], str]:
+        """(LoRA, its metadata, role); nothing for the model itself."""
+        if not variant.stages:
+            return {}, {}, "base"
+        name = f"lora-{steps}step" if variant.by_stage else "lora"
+        return *read_lora(self.folder(variant, seed) / f"{name}.safetensors"), "lora"
+
+    def teacher(self, seed: int) -> Tensor:
+        """Features of the teacher's pictures."""
+        teacher = next(variant for variant in VARIANTS if variant.method == TEACHER)
+        return self.pictures(teacher, TEACHER_STEPS, seed)["features"]
+
+    def compare(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+        """One row, table "pairs", for each column that is known caption by caption, and the Frechet distance."""
+        offered = [v for v in variants if "2" in v.tables and v.stages]
+        main = next((v for name in MAIN for v in offered if v.method == name), None)
+        for other in offered if main is not None else []:
+            if main is None or other is main:
+                continue
+            for steps in sorted(set(main.steps) & set(other.steps)):
+                ours, theirs = ([self.pictures(v, steps, seed) for seed in seeds] for v in (main, other))
+                for column in ("frechet", "alignment", "objects", "aesthetic"):
+                    key = {"table": "pairs", "method": main.method, "against": other.folder, "steps": steps}
+                    key |= {"column": column, "seeds": list(seeds), "budget": self.budget, "samples": self.samples}
+                    name = "features" if column == "frechet" else column
+                    if self.ledger.find(**key) or name not in ours[0]:
+                        continue
+                    statistic = None if column != "frechet" else self._frechet
+                    values = paired_bootstrap(
+                        [found[name] for found in ours], [found[name] for found in theirs], statistic,
+                        resamples=200 if statistic else 1000,
+                    )  # fmt: skip
+                    self.ledger.append(key | dict(zip(("difference", "low", "high"), values, strict=True)))
+
+    def _frechet(self, features: Tensor) -> float:
+        return frechet_distance(Moments.of(features), self.judge.real)
+
+    def folder(self, variant: Variant, seed: int) -> Path:
+        budget = f"budget-{self.budget:g}" if variant.stages else "budget-0"
+        return self.out / budget / f"seed-{seed}" / variant.folder
+
+    @staticmethod
+    def stages_of(variant: Variant, recipe: Recipe | None, steps: int) -> int | None:
+        """How many stages the weights have behind them that are judged at `steps`; None: all."""
+        if recipe is None or not variant.by_stage:
+            return None
+        return 1 + [stage.steps for stage in recipe.stages].index(steps)
+
+
+def choose(methods: Sequence[str]) -> list[Variant]:
+    """The variants of these methods, "lcm", or single ones, "pcm-phases4"; all where none is named."""
+    known = {name for variant in VARIANTS for name in (variant.method, variant.folder)}
+    for name in methods:
+        if name not in known:
+            raise HypersdError(f"method {name!r} is unknown; known: {', '.join(sorted(known))}", exit_code=2)
+    return [v for v in VARIANTS if not methods or v.method in methods or v.folder in methods]
+
+
+def write_page(rows: Path, page: Path) -> None:
+    """Draw the tables from the file of rows."""
+    text = draw(Ledger(rows).rows)
+    atomic_write(page, lambda path: path.write_text(text, "utf-8"))
+
+
+def _seconds(folder: Path, stages: int | None) -> float:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return sum(row["seconds"] for row in rows if stages is None or row["index"] < stages)

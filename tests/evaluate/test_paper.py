@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypersd import cli
+from hypersd.errors import HypersdError
+from hypersd.evaluate.paper import COLUMNS, TABLES, VARIANTS, Ledger, Variant, draw, evaluations_of, recipe_of, spread
+
+KEYS = {
+    "table", "method", "variant", "steps", "seed", "frechet", "frechet_to_teacher", "alignment", "objects", "aesthetic",
+    "diversity", "features", "samples", "train_seconds", "network_evaluations", "recipe", "versions",
+}  # fmt: skip
+
+
+def test_every_variant_spends_the_budget() -> None:
+    for variant in VARIANTS:
+        if not variant.stages:
+            continue
+        recipe = recipe_of(variant, 300_000, seed=2)
+        assert recipe.train.seed == 2 and recipe.data.kind == "scenes"
+        # to within half a step of each stage
+        step = max(stage.network_evaluations for stage in recipe.stages) * recipe.train.batch_size
+        assert abs(evaluations_of(recipe) - 300_000) <= step / 2 * len(recipe.stages)
+        assert {stage.guidance_scale for stage in recipe.stages} == {(2.5, 2.5)}
+    lcm = recipe_of(next(v for v in VARIANTS if v.method == "lcm"), 300_000, 0)
+    assert [stage.iterations for stage in lcm.stages] == [round(300_000 / (32 * 6))]  # 2 teacher, 1 target, 3 student
+    halves = Variant(("2",), "lcm", "", ({"method": "lcm"}, {"method": "tcd"}), shares=(0.75, 0.25))
+    first, second = recipe_of(halves, 300_000, 0, ["train.batch_size=10"]).stages
+    assert (first.iterations, second.iterations) == (3750, 1250)
+
+
+def test_variants_are_told_apart() -> None:
+    keys = [(v.method, v.name) for v in VARIANTS]
+    assert len(set(keys)) == len(keys)
+    assert {table for v in VARIANTS for table in v.tables} == set(TABLES)
+    assert {v.method for v in VARIANTS} >= {"teacher", "undistilled", "lcm", "tcd", "pcm", "tdd", "perflow", "tscd"}
+    trainings: dict[str, Any] = {}
+    for v in VARIANTS:  # one folder, one training
+        assert trainings.setdefault(v.folder, (v.stages, v.data)) == (v.stages, v.data)
+    for method in ("lcm", "tcd", "pcm", "tdd", "tscd"):
+        judged = {steps for v in VARIANTS if v.method == method and "2" in v.tables for steps in v.steps}
+        assert judged >= {1, 2, 4, 8}
+
+
+def test_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "paper.jsonl"
+    ledger = Ledger(path)
+    ledger.append({"method": "lcm", "steps": 1})
+    ledger.append({"method": "lcm", "steps": 2})
+    again = Ledger(path)
+    assert again.rows == ledger.rows and again.find(method="lcm", steps=2) == [{"method": "lcm", "steps": 2}]
+    assert not again.find(method="lcm", steps=3)
+    path.write_text(path.read_text() + '{"meth')
+    with pytest.raises(HypersdError, match="line 3 is cut short"):
+        Ledger(path)
+
+
+def test_the_page() -> None:
+    def row(method: str, steps: int, seed: int, frechet: float) -> dict[str, Any]:
+        key = {"table": "2", "method": method, "variant": "", "steps": steps, "seed": seed, "budget": 5e5}
+        values = dict.fromkeys(COLUMNS, 1.0) | {"frechet": frechet, "frechet_to_teacher": None}
+        return key | values | {"samples": 64, "features": "emoji judge", "network_evaluations": 500_000}
+
+    pair = {"table": "pairs", "method": "tscd", "against": "lcm", "steps": 1, "column": "frechet"}
+    pair |= {"difference": -1.5, "low": -2.0, "high": -1.0}
+    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair])
+    lines = page.splitlines()
+    assert "| 1 | lcm | 9 ± 1.4 | – | 1 ± 0 | 1 ± 0 | 1 ± 0 | 1 ± 0 | 500,000 |" in lines
+    assert lines.index("| 2 | lcm | 4 | – | 1 | 1 | 1 | 1 | 500,000 |") > 0
+    assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines
+    assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
+    with pytest.raises(HypersdError, match="no rows"):
+        draw([])
+    assert spread([2.0, 4.0]) == "3 ± 1.4" and spread([None]) == "–"
+
+
+@pytest.mark.slow
+def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A method is trained, judged and drawn; a second call adds nothing, and a lost row needs no training."""
+    rows, page = tmp_path / "paper.jsonl", tmp_path / "paper.md"
+    tiny = ["data.count=32", "train.batch_size=8", "lora.rank=4", "lora.alpha=4.0"]
+    arguments = ["evaluate", "paper", "pcm-phases2", "perflow-windows2", "--seeds", "1", "--samples", "8"]
+    arguments += ["--budget", "200", "--rows", str(rows), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += [part for one in tiny for part in ("--set", one)]
+    assert cli.run(arguments) == 0
+    first = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["method"], row["steps"]) for row in first] == [("pcm", 2), ("perflow", 2)]
+    for row in first:
+        assert row.keys() >= KEYS
+        assert row["frechet"] > 0 and row["frechet_to_teacher"] > 0 and row["train_seconds"] > 0
+        assert 0 <= row["objects"] <= 1 and row["diversity"] > 0
+    # 8 pictures a step; pcm: 2 + 1 + 3 evaluations of each, perflow: 8 steps of 2, and 3
+    assert [row["network_evaluations"] for row in first] == [4 * 8 * 6, 1 * 8 * 19]
+    before = rows.read_text()
+    assert cli.run(arguments) == 0 and rows.read_text() == before
+    rows.write_text(before.splitlines()[0] + "\n")
+    weights = tmp_path / "out" / "budget-200" / "seed-0" / "perflow-windows2" / "lora.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    assert cli.run(arguments) == 0
+    assert weights.stat().st_mtime_ns == stamp
+    assert [json.loads(line)["frechet"] for line in rows.read_text().splitlines()] == [r["frechet"] for r in first]
+    assert cli.run([*arguments, "--draw", "--page", str(page)]) == 0
+    assert "| 2 | pcm (phases=2) |" in page.read_text()
+    rows.write_text("")
+    assert cli.run([*arguments, "--set", "train.learning_rate=1e-5"]) == 1
+    assert "was trained by another recipe" in capsys.readouterr().err
+    assert cli.run(["evaluate", "paper", "lcn"]) == 2
+    assert "method 'lcn' is unknown; known: lcm, " in capsys.readouterr().err
