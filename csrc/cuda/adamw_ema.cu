@@ -1,5 +1,5 @@
 // AdamW, its moving average and a copy in another type over flat buffers, in place and in one pass.
-#include "kernels.h"
+#include "device.h"
 
 namespace hypersd {
 namespace {

@@ -1,5 +1,5 @@
 // out = k0 x + k1 eps_cond + k2 eps_uncond + k3 history + k4 noise, one row of coefficients per sample.
-#include "kernels.h"
+#include "device.h"
 
 namespace hypersd {
 namespace {

@@ -1,5 +1,5 @@
 // rho(d) per sample, d = (p0 x_t + p1 eps_student) - (q0 x_s + q1 eps_target), and its slope p1 rho'(d) in the same pass.
-#include "kernels.h"
+#include "device.h"
 
 namespace hypersd {
 namespace {

@@ -4,7 +4,7 @@
 // its threads goes through channel slots one by one, and through every pixel_threads-th pixel slot of each.
 #pragma once
 
-#include "kernels.h"
+#include "device.h"
 
 namespace hypersd {
 namespace {

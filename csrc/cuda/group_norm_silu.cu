@@ -38,7 +38,8 @@ __device__ inline void moments(const GroupNorm& p, const Place& at, float* memor
       if (p.per_slot > 1) {  // the lanes are pixels of one channel
         float center = 0, spread = 0;
 #pragma unroll
-        for (int e = 0; e < A::N; ++e) center += mean[e] * (1.0f / A::N);
+        for (int e = 1; e < A::N; ++e) center += (mean[e] - mean[0]) * (1.0f / A::N);
+        center += mean[0];
 #pragma unroll
         for (int e = 0; e < A::N; ++e) spread += square[e] + seen * ((mean[e] - center) * (mean[e] - center));
         mean[0] = center, square[0] = spread;
@@ -49,8 +50,10 @@ __device__ inline void moments(const GroupNorm& p, const Place& at, float* memor
     const int channels = min(p.channel_threads, at.slots - c0) * p.lanes;
     for (int k = warp; k < channels; k += warps) {
       float sum = 0, spread = 0;
-      for (int t = lane; t < p.pixel_threads; t += 32) sum += pixels_of_thread(t) * table.first[t * table.stride + k];
-      const float center = pixels > 0 ? warp_sum(sum) / pixels : 0;
+      const float guess = table.first[k];  // sums of what is left are small: no rounding of the size of a far mean
+      for (int t = lane; t < p.pixel_threads; t += 32)
+        sum += pixels_of_thread(t) * (table.first[t * table.stride + k] - guess);
+      const float center = pixels > 0 ? guess + warp_sum(sum) / pixels : 0;
       for (int t = lane; t < p.pixel_threads; t += 32) {
         const float apart = table.first[t * table.stride + k] - center;
         spread += table.second[t * table.stride + k] + pixels_of_thread(t) * (apart * apart);
@@ -94,9 +97,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) one_pass_kernel(GroupNorm p) 
   const float elements = static_cast<float>(p.pixels) * per_group;
   for (int g = warp; g < groups; g += warps) {  // every block for itself, from the memory of all
     float sum = 0, spread = 0;
+    const float guess = of_block(means, 0)[g * per_group];
     for (int k = lane; k < p.chunks * per_group; k += 32)
-      sum += pixels_of(p, k / per_group) * of_block(means, k / per_group)[g * per_group + k % per_group];
-    const float center = warp_sum(sum) / elements;
+      sum += pixels_of(p, k / per_group) * (of_block(means, k / per_group)[g * per_group + k % per_group] - guess);
+    const float center = guess + warp_sum(sum) / elements;
     for (int k = lane; k < p.chunks * per_group; k += 32) {
       const int rank = k / per_group, channel = g * per_group + k % per_group;
       const float apart = of_block(means, rank)[channel] - center;
@@ -136,9 +140,12 @@ __global__ void __launch_bounds__(kFinishThreads) finish_moments_kernel(GroupNor
   const float* means = p.partial + static_cast<int64_t>(blockIdx.x / p.groups) * p.chunks * 2 * p.channels + group * per_group;
   const float elements = static_cast<float>(p.pixels) * per_group;
   float sum = 0, spread = 0;
-  for (int k = threadIdx.x; k < p.chunks * per_group; k += kFinishThreads)
-    sum += pixels_of(p, k / per_group) * means[static_cast<int64_t>(k / per_group) * 2 * p.channels + k % per_group];
-  const float center = block_sum(sum, scratch) / elements;
+  const float guess = means[0];
+  for (int k = threadIdx.x; k < p.chunks * per_group; k += kFinishThreads) {
+    const int64_t at = static_cast<int64_t>(k / per_group) * 2 * p.channels + k % per_group;
+    sum += pixels_of(p, k / per_group) * (means[at] - guess);
+  }
+  const float center = guess + block_sum(sum, scratch) / elements;
   for (int k = threadIdx.x; k < p.chunks * per_group; k += kFinishThreads) {
     const float* one = means + static_cast<int64_t>(k / per_group) * 2 * p.channels + k % per_group;
     const float apart = *one - center;

@@ -11,7 +11,6 @@
 #include "kernels.h"
 
 #ifndef HYPERSD_EMULATED
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #endif
 #ifndef HYPERSD_SOURCE_HASH

@@ -229,7 +229,7 @@ void launch(const Launch& l, void (*kernel)(Problem), const Problem& problem) {
   const Device device = Device::current();
   if (l.threads % 32 || l.threads > 1024) emulated::fail("threads of a block");
   if (l.blocks % l.cluster || l.cluster > (device.major >= 9 ? 8 : 1)) emulated::fail("blocks of a cluster");
-  if (l.shared > device.shared) emulated::fail("shared memory of a block");
+  if (l.shared > std::max(device.shared, 48 * 1024)) emulated::fail("shared memory of a block");
   emulated::State& s = emulated::state();
   s.block_size.x = l.threads;
   s.body = [&] { kernel(problem); };

@@ -108,7 +108,7 @@ def test_needs_nothing_of_torch_but_the_stable_abi():
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
-    library = next(_native.PACKAGE.glob("_C*.so"))
+    library = next(_native.PACKAGE.glob("_C.*so"))
     listed = subprocess.run([nm, "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
     names = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
     mangled = [name for name in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name)]
