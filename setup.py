@@ -4,9 +4,9 @@
 libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
 the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
 
-HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 and sm_90a, where a CUDA toolkit is: nvcc on
-PATH, in $CUDA_HOME or in /usr/local/cuda. Take the one whose release torch.version.cuda names. It needs neither a GPU nor
-a torch that has CUDA.
+HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 and sm_90a, where a CUDA toolkit is: in
+$CUDA_HOME, on PATH or in /usr/local/cuda. Take one of the release that torch.version.cuda names. The build needs
+neither a GPU nor a torch that has CUDA.
 """
 
 import importlib.util

@@ -20,9 +20,9 @@ __device__ inline void read_four(const void* p, Type type, int64_t i, float (&v)
 }
 __device__ inline void write_four(void* p, Type type, int64_t i, const float (&v)[kEach]) {
   if (type == Type::float32) return Wide<float>::store(p, type, i, v);
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p) + i) =
-      type == Type::float16 ? uint2{narrow_two(v[0], v[1], Half{}), narrow_two(v[2], v[3], Half{})}
-                            : uint2{narrow_two(v[0], v[1], BFloat{}), narrow_two(v[2], v[3], BFloat{})};
+  __stwb(reinterpret_cast<uint2*>(static_cast<uint16_t*>(p) + i),
+         type == Type::float16 ? uint2{narrow_two(v[0], v[1], Half{}), narrow_two(v[2], v[3], Half{})}
+                               : uint2{narrow_two(v[0], v[1], BFloat{}), narrow_two(v[2], v[3], BFloat{})});
 }
 
 // Everything of `count` numbers from `first` on: kEach of them, or one.

@@ -97,9 +97,9 @@ struct Wide {
     }
   }
   __device__ static void store(void* p, Type, int64_t i, const float (&v)[N]) {
-    *reinterpret_cast<uint4*>(static_cast<T*>(p) + i) =
-        uint4{narrow_two(v[0], v[1], T{}), narrow_two(v[2], v[3], T{}), narrow_two(v[4], v[5], T{}),
-              narrow_two(v[6], v[7], T{})};
+    __stwb(reinterpret_cast<uint4*>(static_cast<T*>(p) + i),  // an assignment may become four stores of 32 bits
+           uint4{narrow_two(v[0], v[1], T{}), narrow_two(v[2], v[3], T{}), narrow_two(v[4], v[5], T{}),
+                 narrow_two(v[6], v[7], T{})});
   }
 };
 
@@ -114,7 +114,7 @@ struct Wide<float> {
     v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
   }
   __device__ static void store(void* p, Type, int64_t i, const float (&v)[N]) {
-    *reinterpret_cast<float4*>(static_cast<float*>(p) + i) = float4{v[0], v[1], v[2], v[3]};
+    __stwb(reinterpret_cast<float4*>(static_cast<float*>(p) + i), float4{v[0], v[1], v[2], v[3]});
   }
 };
 

@@ -33,6 +33,10 @@ struct alignas(16) float4 {
 };
 template <class T>
 T __ldg(const T* p) { return *p; }
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
 inline float __expf(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 using std::isfinite;

@@ -21,8 +21,8 @@ torch.ops.load_library(os.environ["HYPERSD_EMULATED"])
 _native.cuda_missing = lambda device: ""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Compute capability, multiprocessors, shared memory of a block: with clusters, without, and with so little memory that no
-# group fits in, so that group norm takes two passes.
+# Compute capability, multiprocessors, shared memory of a block: with clusters, without, and with so little memory that
+# no group fits in, so that group norm takes two passes.
 DEVICES = {"sm_90": "9,132,232448", "sm_80": "8,108,166912", "two_passes": "9,132,0"}
 
 
@@ -51,8 +51,8 @@ def emulated(request, monkeypatch):
 
 
 def divisible(op: Op, dtype: torch.dtype, last: bool = False) -> dict[str, Any]:
-    """Inputs whose sizes divide by 128 bits, so that the wide path runs; for group norm eight blocks share a group whose
-    channels begin in the middle of a vector, far from zero."""
+    """Inputs whose sizes divide by 128 bits, so that the wide path runs; for group norm eight blocks share groups that
+    begin in the middle of a vector, far from zero."""
     if op.name != "group_norm_silu":
         return next(c for c in op.cases if c.name in ("emoji_b1_ddim_cfg", "emoji_b1", "matrix")).inputs(dtype)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, with undefined-behaviour checks, and runs emulated.py on it: no GPU, no CUDA toolkit."""
+"""Builds csrc/cuda for the CPU, with checks for undefined behaviour, and runs emulated.py: no GPU, no CUDA toolkit."""
 
 from __future__ import annotations
 

@@ -116,6 +116,26 @@ def test_needs_nothing_of_torch_but_the_stable_abi():
     assert not any(name.startswith("Py") for name in names)
 
 
+def test_cuda_kernels_say_in_one_line_why_they_are_absent(tmp_path, monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _native._load_cuda.__wrapped__() == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _native._load_cuda.__wrapped__() == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    reason = _native._load_cuda.__wrapped__()
+    assert "HYPERSD_BUILD_CUDA=1 python setup.py build_ext --inplace" in reason and "\n" not in reason
+    (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
+    assert "_CUDA.abi3.so does not load" in _native._load_cuda.__wrapped__()
+    assert "no C++ kernels" in _native._load.__wrapped__()  # the one is not taken for the other
+    monkeypatch.setattr(_native, "_load_cuda", lambda: "")
+    for capability, missing in (((8, 6), False), ((9, 0), False), ((10, 0), True), ((7, 5), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, value=capability: value)
+        assert bool(_native.cuda_missing.__wrapped__(device)) is missing
+
+
 def test_a_build_without_a_compiler_is_one_line_and_no_failure(tmp_path):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
