@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypersd.kernels import _native, affine_step, explain
+from hypersd.kernels import _native, _op, affine_step, explain
 from hypersd.kernels._op import OPS
 from tests.kernels import checks
 
@@ -134,6 +134,20 @@ def test_cuda_kernels_say_in_one_line_why_they_are_absent(tmp_path, monkeypatch)
     for capability, missing in (((8, 6), False), ((9, 0), False), ((10, 0), True), ((7, 5), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, value=capability: value)
         assert bool(_native.cuda_missing.__wrapped__(device)) is missing
+
+
+def test_without_triton_a_gpu_runs_the_cuda_kernels_or_says_why_not(monkeypatch):
+    op, gpu = OPS["affine_step"], torch.device("cuda", 0)
+    monkeypatch.setattr(_op, "triton_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "")
+    assert op.choose(gpu) == ("cuda", "the kernel for cuda tensors")
+    args = checks.smallest(op).inputs()
+    args = (args["x"], args["eps_cond"], args["coef"], None, None, None)
+    monkeypatch.setattr(op, "cuda", lambda *given: "the CUDA kernel")
+    assert op._without_triton(*args) == "the CUDA kernel"
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "no CUDA kernels")
+    assert op.choose(gpu) == ("reference", "no CUDA kernels")
+    assert torch.equal(op._without_triton(*args), op.reference(*args))
 
 
 def test_a_build_without_a_compiler_is_one_line_and_no_failure(tmp_path):
