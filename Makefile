@@ -36,7 +36,7 @@ bench: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f hypersd/_C*.so
+	rm -f hypersd/_C.*so hypersd/_CUDA.*so
 
 # `make .venv` is the environment that every target uses.
 .PHONY: $(VENV)

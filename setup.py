@@ -3,11 +3,16 @@
 `python setup.py build_ext --inplace` builds hypersd/_C.abi3.so for a checkout. It uses nothing but the stable C ABI of
 libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
 the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
+
+HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 and sm_90a, where a CUDA toolkit is: in
+$CUDA_HOME, on PATH or in /usr/local/cuda. Take one of the release that torch.version.cuda names. The build needs
+neither a GPU nor a torch that has CUDA.
 """
 
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,13 +42,34 @@ def why_not() -> str:
     return "" if shutil.which(compiler) else f"no C++ compiler ({compiler}) is on PATH"
 
 
-def source_hash() -> str:
+def nvcc() -> Path | None:
+    """The compiler of a CUDA toolkit, one with its headers beside it."""
+    toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    toolkits += [Path(on_path).resolve().parents[1]] if on_path else []
+    for toolkit in [*toolkits, Path("/usr/local/cuda")]:
+        if (toolkit / "bin/nvcc").is_file() and (toolkit / "include/cuda_runtime_api.h").is_file():
+            return toolkit / "bin/nvcc"
+    return None
+
+
+def cuda_wanted() -> bool:
+    if os.environ.get("HYPERSD_BUILD_CUDA") != "1":
+        return False
+    if sys.platform == "linux" and nvcc():
+        return True
+    reason = "no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda" if sys.platform == "linux" else "this is not Linux"
+    print(f"hypersd: no CUDA kernels are built: {reason}", file=sys.stderr)
+    return False
+
+
+def source_hash(folder: str) -> str:
     """The fingerprint that hypersd.kernels._native compares; its own code, so that both agree."""
     text = (ROOT / "hypersd/kernels/_native.py").read_text()
     start = text.index("def source_hash")
     scope: dict = {"hashlib": __import__("hashlib"), "Path": Path}
     exec(text[start : text.index("\n\n\n", start)], scope)
-    return scope["source_hash"](ROOT / "csrc")
+    return scope["source_hash"](ROOT / folder)
 
 
 def say(reason: str) -> None:
@@ -61,8 +87,47 @@ class OptionalBuild(build_ext):
             say(f"the compiler failed ({type(error).__name__}; `python setup.py build_ext --inplace` shows its words)")
             self.extensions = []
 
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "hypersd._CUDA":
+            folder = Path(self.build_temp) / "cuda"
+            folder.mkdir(parents=True, exist_ok=True)
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                made = folder / f"{source.stem}.o"
+                subprocess.run([*nvcc_command(), str(source), "-o", str(made)], check=True)
+                ext.extra_objects.append(str(made))
+        super().build_extension(ext)
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # a library for torch.ops.load_library, not a Python module
+
+
+def nvcc_command() -> list[str]:
+    """Compiles one .cu for the GPUs that kernels are tuned for; no PTX, so no other GPU compiles it anew."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+    host = ["-ccbin", os.environ["CXX"].split()[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return [str(nvcc()), "-c", "-O3", "-std=c++17", *targets, *host]
+
+
+def cuda_extension() -> Extension:
+    toolkit = nvcc().parent.parent
+    return Extension(
+        "hypersd._CUDA",
+        ["csrc/cuda/ops.cpp"],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").iterdir()),
+        include_dirs=[str(torch_include() or ""), str(toolkit / "include")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET),
+            ("HYPERSD_SOURCE_HASH", f"0x{source_hash('csrc/cuda')}ULL"),
+            ("Py_LIMITED_API", "0x030A0000"),
+        ],
+        extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-Wall", "-g0"],
+        library_dirs=[str(torch_include().parent / "lib"), str(toolkit / "lib64")],
+        libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+        extra_link_args=["-s"],
+        language="c++",
+        py_limited_api=True,
+        optional=True,
+    )
 
 
 def extension() -> Extension:
@@ -72,11 +137,11 @@ def extension() -> Extension:
     return Extension(
         "hypersd._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.h")),
         include_dirs=[str(torch_include() or "")],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET),
-            ("HYPERSD_SOURCE_HASH", f"0x{source_hash()}ULL"),
+            ("HYPERSD_SOURCE_HASH", f"0x{source_hash('csrc')}ULL"),
             ("Py_LIMITED_API", "0x030A0000"),
         ],
         extra_compile_args=flags,
@@ -94,7 +159,7 @@ if missing:
     setup()
 else:
     setup(
-        ext_modules=[extension()],
+        ext_modules=[extension(), *([cuda_extension()] if cuda_wanted() else [])],
         cmdclass={"build_ext": OptionalBuild},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,11 +33,13 @@ Step = Callable[[], Call]  # does what is not timed, and returns what is
 @dataclass
 class Runner:
     """One provider, ready to be called. `leaves` are the differentiable inputs, named as the op names them; `same` is
-    False where it computes something else on purpose (the layer without its adapter), as context for the others."""
+    False where it computes something else on purpose (the layer without its adapter), as context for the others;
+    `implementation` is forced around the call and its backward."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     same: bool = True
+    implementation: str = "auto"
 
 
 @dataclass
@@ -73,6 +76,11 @@ class Result:
 
 def outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
     """y, and the gradients of all leaves under a fixed upstream gradient."""
+    with nullcontext() if runner.implementation == "auto" else use(runner.implementation):
+        return _outputs(runner, backward)
+
+
+def _outputs(runner: Runner, backward: bool) -> dict[str, Tensor]:
     with torch.set_grad_enabled(backward):
         y = runner.call()
     values = (y,) if isinstance(y, Tensor) else y
@@ -137,6 +145,8 @@ def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]
 
 def step(runner: Runner, mode: str) -> Step:
     """What is timed. A "fwd" or "full" call returns the values, one of backward the gradients of all leaves."""
+    if runner.implementation != "auto":
+        return _forced(runner, mode)
     if mode == "fwd":
         forward = torch.no_grad()(runner.call)
         return lambda: forward
@@ -157,6 +167,13 @@ def step(runner: Runner, mode: str) -> Step:
         return lambda: backward(y)
 
     return after_forward if mode == "bwd" else lambda: full
+
+
+def _forced(runner: Runner, mode: str) -> Step:
+    """The same under `use`, a microsecond a call: compare rows of graphs, which do not have it."""
+    forced = use(runner.implementation)
+    prepare = forced(step)(replace(runner, implementation="auto"), mode)
+    return lambda: forced(forced(prepare)())
 
 
 def percentiles(samples: list[float]) -> tuple[float, float, float]:

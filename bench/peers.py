@@ -21,6 +21,16 @@ def ours(op: Op, inputs: dict[str, Any]) -> Runner:
     return Runner(lambda: written(op, changed, op.function(**changed)), leaves)
 
 
+def cuda(op: Op, inputs: dict[str, Any]) -> Runner | None:
+    """The public function with our CUDA C++ kernels forced, where they are built and can run."""
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+    if op.unavailable("cuda", device):
+        return None
+    runner = ours(op, inputs)
+    runner.implementation = "cuda"
+    return runner
+
+
 def eager(op: Op, inputs: dict[str, Any]) -> Runner:
     """The definition in plain torch, without argument checks."""
     changed, leaves = with_leaves(op, inputs)
@@ -213,7 +223,7 @@ def absent(name: str, device: str) -> dict[str, str]:
 
 
 PROVIDERS: dict[str, dict[str, Callable[[Op, dict[str, Any]], Runner | None]]] = {
-    "": {OURS: ours, EAGER: eager, "compile": compiled},
+    "": {OURS: ours, "cuda": cuda, EAGER: eager, "compile": compiled},
     "adamw_ema_": {"AdamW(fused)": torch_adamw},
     "attention": {
         "sdpa": sdpa(),

@@ -48,11 +48,17 @@ def run(op: Op, case: Case, dtype: torch.dtype, device: str, tables: str) -> Non
     assert all(bool(t.cpu().isfinite().all()) for t in found)
 
 
+def implementations(op: Op, device: str) -> list[str]:
+    """Our own kernels that can run there, else what would run."""
+    own = [name for name in ("triton", "cuda") if not op.unavailable(name, torch.device(device))]
+    return own if own and device == "cuda" else ["auto"]
+
+
 def main(names: list[str], device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
-    for name in names or OPS:
-        op = OPS[name]
+    runs = [(OPS[name], one) for name in names or OPS for one in implementations(OPS[name], device)]
+    for op, implementation in runs:
         done = 0
-        with use("triton" if op.triton and device == "cuda" else "auto"):
+        with use(implementation):
             for case in cases(op):
                 for dtype in dtypes:
                     for tables in (device, "cpu") if case.inputs().get("coef") is not None else (device,):
@@ -60,7 +66,7 @@ def main(names: list[str], device: str = "cuda", dtypes: tuple[torch.dtype, ...]
                         done += 1
         if device == "cuda":
             torch.cuda.synchronize()
-        print(f"{name}: {done} calls with their backward", flush=True)
+        print(f"{op.name}: {done} calls with their backward ({implementation})", flush=True)
     return 0
 
 

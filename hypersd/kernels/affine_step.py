@@ -10,6 +10,8 @@ the jump x_t -> x_s are this one sum, with one row of float64 coefficients per s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +137,11 @@ def _affine_step_kernel(
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _launch(tensors: tuple[Tensor | None, ...], coef: Tensor) -> Tensor:
+Run = Callable[[list[Tensor | None], Tensor, Tensor | None, list[float], int], None]
+
+
+def _launch(tensors: tuple[Tensor | None, ...], coef: Tensor, run: Run) -> Tensor:
+    """`run` the kernel on tensors that lie as the output does, with coefficients on the device or five on the host."""
     x = tensors[0]
     assert x is not None
     rows = coef.shape[0] if coef.dim() == 2 and coef.shape[0] > 1 else 1
@@ -152,34 +158,38 @@ def _launch(tensors: tuple[Tensor | None, ...], coef: Tensor) -> Tensor:
             pointer = coef.to(x.device, non_blocking=True)
             if pointer.stride(-1) != 1 and pointer.shape[-1] > 1:
                 pointer = pointer.contiguous()
-        config = _rows.streaming_config("affine_step", _rows.arch(x), x.dtype, rows, width)
-        block = config.blocks["BLOCK"]
-        chunks = -(-width // block)
         with _rows.on_device(x):
-            _affine_step_kernel[(rows * chunks,)](
-                *operands,
-                work,
-                pointer,
-                *host,
-                width,
-                chunks,
-                0 if pointer is None else pointer.stride(0),
-                BLOCK=block,
-                num_warps=config.num_warps,
-            )
+            run(operands, work, pointer, host, rows)
     return result if result is work else result.copy_(work)
 
 
-def _triton(x: Tensor, eps_cond: Tensor, coef: Tensor, *others: Tensor | None) -> Tensor:
+def _run_triton(
+    operands: list[Tensor | None], out: Tensor, pointer: Tensor | None, host: list[float], rows: int
+) -> None:
+    width = out.numel() // rows
+    config = _rows.streaming_config("affine_step", _rows.arch(out), out.dtype, rows, width)
+    block = config.blocks["BLOCK"]
+    chunks = -(-width // block)
+    _affine_step_kernel[(rows * chunks,)](
+        *operands, out, pointer, *host, width, chunks, 0 if pointer is None else pointer.stride(0),
+        BLOCK=block, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _run_cuda(operands: list[Tensor | None], out: Tensor, pointer: Tensor | None, host: list[float], rows: int) -> None:
+    torch.ops.hypersd._affine_step_cuda(*operands, out, pointer, *host, rows)
+
+
+def _forward(run: Run, x: Tensor, eps_cond: Tensor, coef: Tensor, *others: Tensor | None) -> Tensor:
     if _rows.work_dtype(x, eps_cond, *others) == torch.float64:  # kernels compute in float32
         return reference(x, eps_cond, coef, *others)
-    return _launch((x, eps_cond, *others), coef)
+    return _launch((x, eps_cond, *others), coef, run)
 
 
-def _triton_backward(grad: Tensor, coef: Tensor, needed: int) -> list[Tensor]:
+def _scaled(run: Run, grad: Tensor, coef: Tensor, needed: int) -> list[Tensor]:
     if grad.dtype == torch.float64:
         return _reference_backward(grad, coef, needed)
-    return [_launch((grad, None, None, None, None), coef[..., j : j + 1]) for j in range(5) if needed >> j & 1]
+    return [_launch((grad, None, None, None, None), coef[..., j : j + 1], run) for j in range(5) if needed >> j & 1]
 
 
 def _config(x: Tensor, eps_cond: Tensor, coef: Tensor, **others: Tensor | None) -> Config:
@@ -231,7 +241,8 @@ BACKWARD = Op(
     "(Tensor grad, Tensor coef, int needed) -> Tensor[]",
     reference=_reference_backward,
     fake=lambda grad, coef, needed: [torch.empty_like(grad) for j in range(5) if needed >> j & 1],
-    triton=_triton_backward,
+    triton=partial(_scaled, _run_triton),
+    cuda=partial(_scaled, _run_cuda),
     cpp=True,
 )
 
@@ -257,7 +268,8 @@ OP = Op(
     reference=reference,
     fake=_fake,
     check=check,
-    triton=_triton,
+    triton=partial(_forward, _run_triton),
+    cuda=partial(_forward, _run_cuda),
     cpp=True,
     differentiable=NAMES,
     backward=_backward,

@@ -13,6 +13,8 @@ LCM (arXiv:2310.04378, eq. 14) with every prediction type and boundary condition
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,7 +237,35 @@ def _scale_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-def _triton(
+def _run_triton(
+    operands: list[Tensor | None], coef: Tensor, weight: Tensor | None, kind: int, c: float, slope: Tensor | None,
+    loss: Tensor,
+) -> None:  # fmt: skip
+    eps_student = operands[0]
+    assert eps_student is not None
+    rows = eps_student.shape[0]
+    width = eps_student.numel() // rows
+    config = _config(eps_student)
+    block = config.blocks["BLOCK"]
+    chunks = -(-width // block)
+    partial_sums = torch.empty(rows * chunks, dtype=torch.float32, device=loss.device)
+    _loss_kernel[(rows * chunks,)](
+        *operands, coef, slope, partial_sums, c, width, chunks, 4 if coef.dim() == 2 else 0,
+        KIND=kind, BLOCK=block, num_warps=config.num_warps,
+    )  # fmt: skip
+    grid, each = (1, rows) if loss.dim() == 0 else (rows, 1)
+    _finish_kernel[(grid,)](partial_sums, weight, loss, each, chunks, width, BLOCK=256, num_warps=2)
+
+
+def _run_cuda(
+    operands: list[Tensor | None], coef: Tensor, weight: Tensor | None, kind: int, c: float, slope: Tensor | None,
+    loss: Tensor,
+) -> None:  # fmt: skip
+    torch.ops.hypersd._consistency_loss_cuda(*operands, coef, weight, kind, c, slope, loss)
+
+
+def _forward(
+    run: Callable[..., None],
     eps_student: Tensor,
     x_t: Tensor,
     eps_target: Tensor,
@@ -251,45 +281,47 @@ def _triton(
     if wide or eps_student.numel() == 0:  # kernels compute in float32
         return _fallback(eps_student, x_t, eps_target, x_s, coef, weight, kind, c, mean, with_slope)
     device, rows = eps_student.device, eps_student.shape[0]
-    width = eps_student.numel() // rows
     result, work = _rows.output_like(eps_student, per_sample=True)
     operands = [_rows.matched(t, work) for t in (eps_student, x_t, eps_target, x_s)]
     coef = coef.to(device, non_blocking=True).contiguous()
     weight = weight.to(device, non_blocking=True).contiguous() if weight is not None else None
-    config = _rows.streaming_config("consistency_loss", _rows.arch(eps_student), eps_student.dtype, rows, width)
-    block = config.blocks["BLOCK"]
-    chunks = -(-width // block)
-    partial = torch.empty(rows * chunks, dtype=torch.float32, device=device)
     loss = torch.empty(() if mean else (rows,), dtype=torch.float32, device=device)
     with _rows.on_device(eps_student):
-        _loss_kernel[(rows * chunks,)](
-            *operands, coef, work if with_slope else None, partial, c, width, chunks, 4 if coef.dim() == 2 else 0,
-            KIND=kind, BLOCK=block, num_warps=config.num_warps,
-        )  # fmt: skip
-        grid, each = (1, rows) if mean else (rows, 1)
-        _finish_kernel[(grid,)](partial, weight, loss, each, chunks, width, BLOCK=256, num_warps=2)
+        run(operands, coef, weight, kind, c, work if with_slope else None, loss)
     if not with_slope:
         return loss, eps_student.new_empty(0)
     return loss, result if result is work else result.copy_(work)
 
 
-def _triton_backward(slope: Tensor, upstream: Tensor, weight: Tensor | None) -> Tensor:
-    if slope.dtype == torch.float64 or slope.numel() == 0:
-        return _reference_backward(slope, upstream, weight)
-    rows = slope.shape[0]
-    width = slope.numel() // rows
-    result, work = _rows.output_like(slope, per_sample=True)
-    weight = weight.to(slope.device, non_blocking=True) if weight is not None else None
-    config = _rows.streaming_config("consistency_loss", _rows.arch(slope), slope.dtype, rows, width)
+def _scale_triton(
+    slope: Tensor | None, upstream: Tensor, weight: Tensor | None, inverse_count: float, out: Tensor
+) -> None:
+    rows = out.shape[0]
+    width = out.numel() // rows
+    config = _config(out)
     block = config.blocks["BLOCK"]
     chunks = -(-width // block)
-    inverse_count = 1.0 / (slope.numel() if upstream.dim() == 0 else width)
+    _scale_kernel[(rows * chunks,)](
+        slope, upstream, weight, out, inverse_count, width, chunks,
+        upstream.stride(0) if upstream.dim() else 0, weight.stride(0) if weight is not None else 0,
+        BLOCK=block, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _scale_cuda(
+    slope: Tensor | None, upstream: Tensor, weight: Tensor | None, inverse_count: float, out: Tensor
+) -> None:
+    torch.ops.hypersd._consistency_loss_backward_cuda(slope, upstream, weight, inverse_count, out)
+
+
+def _scaled(run: Callable[..., None], slope: Tensor, upstream: Tensor, weight: Tensor | None) -> Tensor:
+    if slope.dtype == torch.float64 or slope.numel() == 0:
+        return _reference_backward(slope, upstream, weight)
+    result, work = _rows.output_like(slope, per_sample=True)
+    weight = weight.to(slope.device, non_blocking=True) if weight is not None else None
+    inverse_count = 1.0 / (slope.numel() if upstream.dim() == 0 else slope[0].numel())
     with _rows.on_device(slope):
-        _scale_kernel[(rows * chunks,)](
-            _rows.matched(slope, work), upstream, weight, work, inverse_count, width, chunks,
-            upstream.stride(0) if upstream.dim() else 0, weight.stride(0) if weight is not None else 0,
-            BLOCK=block, num_warps=config.num_warps,
-        )  # fmt: skip
+        run(_rows.matched(slope, work), upstream, weight, inverse_count, work)
     return result if result is work else result.copy_(work)
 
 
@@ -374,7 +406,8 @@ BACKWARD = Op(
     "(Tensor slope, Tensor upstream, Tensor? weight) -> Tensor",
     reference=_reference_backward,
     fake=lambda slope, upstream, weight: torch.empty_like(slope),
-    triton=_triton_backward,
+    triton=partial(_scaled, _scale_triton),
+    cuda=partial(_scaled, _scale_cuda),
     cpp=True,
 )
 
@@ -404,7 +437,8 @@ OP = Op(
     fallback=_fallback,
     fake=_fake,
     check=check,
-    triton=_triton,
+    triton=partial(_forward, _run_triton),
+    cuda=partial(_forward, _run_cuda),
     cpp=True,
     differentiable=("eps_student",),
     backward=_backward,

@@ -12,6 +12,8 @@ GroupNorm (Wu and He 2018, arXiv:1803.08494) and the SiLU that follows it in a r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,7 +193,7 @@ def _fake_backward(
     return _empty_like(x) if need_x else none[0], dweight, dbias
 
 
-# ------------------------------------------------------------------------------------------------- Triton launchers
+# ------------------------------------------------------------------------------------------------------- GPU launchers
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
@@ -200,20 +202,40 @@ def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
     return x if inside else x.contiguous(), inside
 
 
-def _triton(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run_cuda(
+    x: Tensor, y: Tensor, num_groups: int, inside: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    torch.ops.hypersd._group_norm_silu_cuda(x, y, mean, rstd, weight, bias, eps, silu, inside)
+    return mean, rstd
+
+
+def _run_cuda_backward(
+    x: Tensor, dy: Tensor, dx: Tensor | None, num_groups: int, inside: bool, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
+) -> None:  # fmt: skip
+    torch.ops.hypersd._group_norm_silu_backward_cuda(
+        dy, x, mean, rstd, weight, bias, silu, inside, dx, dweight, dbias
+    )  # fmt: skip
+
+
+def _launch(
+    run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+    eps: float, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():  # kernels compute in float32
         return _fallback(x, num_groups, weight, bias, eps, silu)
     x, inside = _laid_out(x)
     y = _empty_like(x)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return y, *_group_norm.forward(x, y, _group_norm.grid(x, num_groups, inside), weight, bias, eps, silu)
+    with _rows.on_device(x):
+        return y, *run(x, y, num_groups, inside, weight, bias, eps, silu)
 
 
-def _triton_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
-    silu: bool, need_x: bool, need_affine: bool,
+def _launch_backward(
+    run: Callable[..., None], dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, num_groups: int, silu: bool, need_x: bool, need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():
         return _reference_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine)
@@ -222,9 +244,9 @@ def _triton_backward(
     wanted = (need_x, need_affine and weight is not None, need_affine and bias is not None)
     dx, dweight, dbias = (out if want else None for out, want in zip(outputs, wanted, strict=True))
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    g = _group_norm.grid(x, num_groups, inside)
-    dy = dy if dy.stride() == x.stride() else _empty_like(x).copy_(dy)
-    _group_norm.backward(x, dy, dx, g, mean, rstd, weight, bias, dweight, dbias, silu)
+    dy = dy if dy.stride() == x.stride() and dy.dtype == x.dtype else _empty_like(x).copy_(dy)
+    with _rows.on_device(x):
+        run(x, dy, dx, num_groups, inside, mean, rstd, weight, bias, dweight, dbias, silu)
     return outputs
 
 
@@ -238,7 +260,8 @@ BACKWARD = Op(
     "bool need_x, bool need_affine) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton=partial(_launch_backward, _group_norm.backward),
+    cuda=partial(_launch_backward, _run_cuda_backward),
     cpp=True,
 )
 
@@ -267,7 +290,8 @@ OP = Op(
     fallback=_fallback,
     fake=_fake,
     check=check,
-    triton=_triton,
+    triton=partial(_launch, _group_norm.forward),
+    cuda=partial(_launch, _run_cuda),
     cpp=True,
     differentiable=("x", "weight", "bias"),
     backward=_backward,

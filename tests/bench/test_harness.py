@@ -11,7 +11,8 @@ from rich.console import Console
 
 import bench
 from bench import gpu, harness, peers, report, sanitize
-from hypersd.kernels._op import OPS
+from hypersd.kernels import _native
+from hypersd.kernels._op import OPS, asked_for
 
 QUIET = Console(quiet=True)
 
@@ -158,6 +159,40 @@ def test_the_table_shows_ratios(capsys):
 def test_environment_stamp():
     stamp = SimpleNamespace(**bench.environment.environment())
     assert stamp.threads == torch.get_num_threads() and stamp.torch == torch.__version__ and stamp.cpu
+
+
+def test_a_forced_implementation_is_forced_in_backward_too():
+    """Otherwise the row of one implementation would hold the backward of another."""
+    seen = []
+
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(("forward", asked_for()))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(("backward", asked_for()))
+            return grad * 2
+
+    x = torch.ones(3, requires_grad=True)
+    runner = harness.Runner(lambda: Asking.apply(x), {"x": x}, implementation="reference")
+    assert torch.equal(harness.outputs(runner, True)["y"], torch.full((3,), 2.0))
+    harness.step(runner, "full")()()
+    harness.step(runner, "bwd")()()
+    assert set(seen) == {("forward", "reference"), ("backward", "reference")}
+    assert [where for where, _ in seen].count("backward") == 3
+    assert asked_for() == "auto"
+
+
+def test_cuda_kernels_are_a_provider_where_they_run(monkeypatch):
+    op = OPS["affine_step"]
+    inputs = op.cases[0].inputs()
+    assert "cuda" not in peers.runners_for(op, inputs)
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "")
+    assert peers.runners_for(op, inputs)["cuda"].implementation == "cuda"
+    assert "cuda" not in peers.runners_for(OPS["lora_linear"], OPS["lora_linear"].cases[-1].inputs(), ["cuda"])
 
 
 def test_the_sanitizers_run_reaches_every_operator(capsys):

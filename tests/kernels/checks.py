@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -181,3 +182,29 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "hypersd":
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def guard_bands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """New tensors between guard bands of 128 sevens, which are listed."""
+    bands: list[Tensor] = []
+
+    def guarded(shape, dtype, device):
+        count = 1
+        for size in shape:
+            count *= size
+        memory = torch.full((count + 256,), 7.0, dtype=dtype, device=device)
+        bands.append(memory)
+        return memory[128 : 128 + count].view(shape)
+
+    real = torch.empty
+
+    def empty(*shape, dtype=torch.float32, device="cpu", **options):
+        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
+        return guarded(shape, dtype, device) if dtype.is_floating_point else real(shape, dtype=dtype, device=device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", lambda t, **_: guarded(t.shape, t.dtype, t.device))
+        patch.setattr(torch.Tensor, "new_empty", lambda t, *shape, **o: empty(*shape, **({"dtype": t.dtype} | o)))
+        yield bands

@@ -39,10 +39,12 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What runs for one test: "auto"; "triton", forced; "fallback", what a machine without our kernels runs; or an
-    instruction set, forced upon the C++ kernels."""
+    """What runs for one test: "auto"; "triton" or "cuda", forced; "fallback", what a machine without our kernels
+    runs; or an instruction set, forced upon the C++ kernels."""
     name = request.param
-    if name in ("auto", "triton"):
+    if name == "cuda" and (reason := _native.cuda_missing(torch.device("cuda", torch.cuda.current_device()))):
+        pytest.skip(reason)
+    if name in ("auto", "triton", "cuda"):
         with use(name):
             yield name
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypersd.kernels import _native, affine_step, explain
+from hypersd.kernels import _native, _op, affine_step, explain
 from hypersd.kernels._op import OPS
 from tests.kernels import checks
 
@@ -108,12 +108,46 @@ def test_needs_nothing_of_torch_but_the_stable_abi():
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
-    library = next(_native.PACKAGE.glob("_C*.so"))
+    library = next(_native.PACKAGE.glob("_C.*so"))
     listed = subprocess.run([nm, "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
     names = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
     mangled = [name for name in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name)]
     assert mangled == [] and any(name.startswith("aoti_torch_") for name in names)
     assert not any(name.startswith("Py") for name in names)
+
+
+def test_cuda_kernels_say_in_one_line_why_they_are_absent(tmp_path, monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _native._load_cuda.__wrapped__() == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _native._load_cuda.__wrapped__() == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    reason = _native._load_cuda.__wrapped__()
+    assert "HYPERSD_BUILD_CUDA=1 python setup.py build_ext --inplace" in reason and "\n" not in reason
+    (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
+    assert "_CUDA.abi3.so does not load" in _native._load_cuda.__wrapped__()
+    assert "no C++ kernels" in _native._load.__wrapped__()  # the one is not taken for the other
+    monkeypatch.setattr(_native, "_load_cuda", lambda: "")
+    for capability, missing in (((8, 6), False), ((9, 0), False), ((10, 0), True), ((7, 5), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, value=capability: value)
+        assert bool(_native.cuda_missing.__wrapped__(device)) is missing
+
+
+def test_without_triton_a_gpu_runs_the_cuda_kernels_or_says_why_not(monkeypatch):
+    op, gpu = OPS["affine_step"], torch.device("cuda", 0)
+    monkeypatch.setattr(_op, "triton_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "")
+    assert op.choose(gpu) == ("cuda", "the kernel for cuda tensors")
+    args = checks.smallest(op).inputs()
+    args = (args["x"], args["eps_cond"], args["coef"], None, None, None)
+    monkeypatch.setattr(op, "cuda", lambda *given: "the CUDA kernel")
+    assert op._without_triton(*args) == "the CUDA kernel"
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "no CUDA kernels")
+    assert op.choose(gpu) == ("reference", "no CUDA kernels")
+    assert torch.equal(op._without_triton(*args), op.reference(*args))
 
 
 def test_a_build_without_a_compiler_is_one_line_and_no_failure(tmp_path):

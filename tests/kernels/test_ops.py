@@ -22,7 +22,8 @@ def implementations(op: Op, device: str) -> tuple[str, ...]:
     """What can run there, for the `implementation` fixture."""
     if device == "cpu":
         return (*_native.ISA_LEVELS, "fallback") if op.cpp or op.native else ("fallback",)
-    return ("auto", "triton", "fallback") if op.triton else ("auto",)
+    own = tuple(name for name, kernel in (("triton", op.triton), ("cuda", op.cuda)) if kernel)
+    return ("auto", *own, "fallback") if own else ("auto",)
 
 
 RUNS = [
@@ -352,8 +353,13 @@ def test_use_says_what_cannot_run():
     inputs = op.cases[0].inputs()
     with pytest.raises(ValueError, match="'fast'.*auto"), use("fast"):
         pass
-    with pytest.raises(RuntimeError, match="no cuda kernel"), use("cuda"):
+    with pytest.raises(RuntimeError, match="CUDA kernels run on a GPU"), use("cuda"):
         op.function(**inputs)
+    with use("cuda"):
+        assert "it cannot run: CUDA kernels run on a GPU" in explain(op.function, **inputs).why
+    without = OPS["lora_linear"]
+    with pytest.raises(RuntimeError, match="no cuda kernel"), use("cuda"):
+        without.function(**checks.smallest(without).inputs())
     with pytest.raises(RuntimeError, match="GPU"), use("triton"):
         op.function(**inputs)
     with pytest.raises(TypeError, match="print"):

@@ -29,6 +29,14 @@ def test_the_name_without_autograd_has_the_same_schema():
         assert public.split("(", 1)[1] == private.split("(", 1)[1]
 
 
+def test_cuda_launches_are_defined_and_registered_once():
+    text = (ROOT / "csrc/cuda/ops.cpp").read_text()
+    defined, registered = re.findall(r'm\.def\("(\w+)\(', text), re.findall(r'm\.impl\("(\w+)"', text)
+    assert defined == registered
+    launchers = "".join(path.read_text() for path in (ROOT / "hypersd/kernels").glob("*.py"))
+    assert set(re.findall(r"torch\.ops\.hypersd\.(\w*_cuda\w*)\(", launchers)) == set(defined)
+
+
 def test_cpp_registrations_repeat_the_schemas():
     text = (ROOT / "csrc/ops.cpp").read_text()
     noted = {match[1]: match[0] for match in re.findall(r"// ((\w+)\(.*\) -> .*)\n  m\.impl", text)}
