@@ -3,6 +3,7 @@
 `python setup.py build_ext --inplace` builds hypersd/_C.abi3.so for a checkout. It uses nothing but the stable C ABI of
 libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
 the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
+HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler; tests/sanitized.py does, elsewhere.
 """
 
 import importlib.util
@@ -68,7 +69,14 @@ class OptionalBuild(build_ext):
 def extension() -> Extension:
     os.environ.setdefault("CC", "cc")
     os.environ.setdefault("CXX", "c++")
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+    flags = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    link = ["-s"] if sys.platform == "linux" else []
+    sanitizers = os.environ.get("HYPERSD_SANITIZE", "")
+    if sanitizers:
+        link = [f"-fsanitize={sanitizers}"]
+        flags += [*link, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    else:
+        flags += ["-O3", "-g0"]
     return Extension(
         "hypersd._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]),
@@ -82,7 +90,7 @@ def extension() -> Extension:
         extra_compile_args=flags,
         library_dirs=[str(torch_include().parent / "lib")] if torch_include() else [],
         libraries=["torch_cpu"],  # found by its name: it is in the process already
-        extra_link_args=["-s"] if sys.platform == "linux" else [],
+        extra_link_args=link,
         language="c++",
         py_limited_api=True,
     )

@@ -154,10 +154,10 @@ def check(
     for name, tensor in (("x_t", x_t), ("eps_target", eps_target), ("x_s", x_s)):
         _rows.check_tensor(name, tensor, eps_student, "eps_student")
     batch = eps_student.shape[0]
-    _rows.check_numbers("coef", coef, ((batch, 4), (4,)), eps_student.device)
+    _rows.check_numbers("coef", coef, ((batch, 4), (4,)), eps_student.device, finite=True)
     if weight is not None:
-        _rows.check_numbers("weight", weight, ((batch,),), eps_student.device)
-    if not c > 0:
+        _rows.check_numbers("weight", weight, ((batch,),), eps_student.device, finite=True)
+    if not _rows.check_real("c", c) > 0:
         raise ValueError(f"c: got {c}, expected a positive number")
 
 

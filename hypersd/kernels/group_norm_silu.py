@@ -83,6 +83,8 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (batch, channels, ...)")
     channels = x.shape[1]
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"num_groups: got {num_groups!r}, expected an integer")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
     for name, t in (("weight", weight), ("bias", bias)):
@@ -93,6 +95,7 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected ({channels},), one number per channel")
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, expected {x.device} as x")
+    _rows.check_real("eps", eps, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -262,6 +262,9 @@ def _check(
         raise ValueError(f"lora_conv2d: stride is {list(stride)}, expected one or two positive integers")
     if len(padding) != 2 or min(padding) < 0:
         raise ValueError(f"lora_conv2d: padding is {list(padding)}, expected one or two integers, none negative")
+    if min(_out_shape(x, weight, stride, padding)[2:]) < 1:
+        reach = [size - 2 * pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
+        raise ValueError(f"lora_conv2d: x has shape {tuple(x.shape)}, expected images of at least {tuple(reach)}")
 
 
 def _fake(

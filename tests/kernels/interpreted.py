@@ -13,7 +13,7 @@ from torch import Tensor
 from hypersd.kernels import _tune, use
 from hypersd.kernels._op import OPS
 from hypersd.kernels._tune import jit, tl
-from tests.kernels import checks
+from tests.kernels import checks, guards
 
 assert _tune.interpreted(), "start with TRITON_INTERPRET=1"
 
@@ -54,29 +54,10 @@ def test_same_bits_twice(op):
 @pytest.mark.parametrize("op", EVERY)
 def test_writes_nothing_beside_its_output(op, monkeypatch):
     """Guard bands before and after every allocation stay as they were."""
-    bands: list[Tensor] = []
-
-    def guarded(shape, dtype, device):
-        count = 1
-        for size in shape:
-            count *= size
-        memory = torch.full((count + 256,), 7.0, dtype=dtype, device=device)
-        bands.append(memory)
-        return memory[128 : 128 + count].view(shape)
-
-    real = torch.empty
-
-    def empty(*shape, dtype=torch.float32, device="cpu", **options):
-        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        return guarded(shape, dtype, device) if dtype.is_floating_point else real(shape, dtype=dtype, device=device)
-
     inputs = next(c for c in checks.small(op) if c.name.startswith("odd")).inputs()
-    with use("triton"), monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        patch.setattr(torch, "empty_like", lambda t, **_: guarded(t.shape, t.dtype, t.device))
-        patch.setattr(torch.Tensor, "new_empty", lambda t, *shape, **o: empty(*shape, **({"dtype": t.dtype} | o)))
-        found = checks.evaluate(op, inputs)
-    assert bands and all(bool((m[:128] == 7).all() and (m[-128:] == 7).all()) for m in bands)
+    with use("triton"), guards.guarded(monkeypatch, inputs) as (inside, bands):
+        found = checks.evaluate(op, inside)
+    assert guards.touched(bands) == 0 and len(bands) >= len(found)
     assert all(value.isfinite().all() for value in found.values())
 
 
