@@ -263,7 +263,9 @@ def arguments(
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
         if not isinstance(t, Tensor) and (name != "bias" or t is not None):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    if torch.is_autocast_enabled(x.device.type):
+        if name in "ab" and not t.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point one")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if a.dtype != x.dtype or b.dtype != x.dtype:

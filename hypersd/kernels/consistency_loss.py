@@ -449,9 +449,9 @@ def consistency_loss(
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape, device or option that does not fit.
     """
-    if kind not in KINDS:
+    if kind not in tuple(KINDS):
         raise ValueError(f"kind: got {kind!r}, expected one of {tuple(KINDS)}")
-    if reduction not in REDUCTIONS:
+    if reduction not in tuple(REDUCTIONS):
         raise ValueError(f"reduction: got {reduction!r}, expected one of {tuple(REDUCTIONS)}")
     with_slope = torch.is_grad_enabled() and getattr(eps_student, "requires_grad", False)
     return OP(eps_student, x_t, eps_target, x_s, coef, weight, KINDS[kind], c, REDUCTIONS[reduction], with_slope)

@@ -73,6 +73,8 @@ def cost(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
 def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     """The definition, as a residual block writes it."""
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch has no gradient of a bias alone
     z = torch.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(z) if silu else z
 
