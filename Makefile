@@ -15,7 +15,7 @@ CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # One process on few cores: as many OpenMP threads as cores, and idle ones sleep instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test sanitize lint types bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -23,6 +23,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The C++ kernels under the address and undefined-behaviour sanitizers; says so and stops where the compiler has none.
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.kernels.sanitized $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,9 @@ the package installs as pure Python: the operators then run their reference. HYP
 HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 and sm_90a, where a CUDA toolkit is: in
 $CUDA_HOME, on PATH or in /usr/local/cuda. Take one of the release that torch.version.cuda names. The build needs
 neither a GPU nor a torch that has CUDA.
+
+HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler; tests/kernels/sanitized.py does,
+elsewhere.
 """
 
 import importlib.util
@@ -133,7 +136,14 @@ def cuda_extension() -> Extension:
 def extension() -> Extension:
     os.environ.setdefault("CC", "cc")
     os.environ.setdefault("CXX", "c++")
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+    flags = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    link = ["-s"] if sys.platform == "linux" else []
+    sanitizers = os.environ.get("HYPERSD_SANITIZE", "")
+    if sanitizers:
+        link = [f"-fsanitize={sanitizers}"]
+        flags += [*link, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    else:
+        flags += ["-O3", "-g0"]
     return Extension(
         "hypersd._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]),
@@ -147,7 +157,7 @@ def extension() -> Extension:
         extra_compile_args=flags,
         library_dirs=[str(torch_include().parent / "lib")] if torch_include() else [],
         libraries=["torch_cpu"],  # found by its name: it is in the process already
-        extra_link_args=["-s"] if sys.platform == "linux" else [],
+        extra_link_args=link,
         language="c++",
         py_limited_api=True,
     )

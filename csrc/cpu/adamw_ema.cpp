@@ -81,7 +81,7 @@ void adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Te
   STD_TORCH_CHECK(wide || shape.type == Type::float32, "param: expected float32 or float64");
   step *= number(step_tensor, "step", 1);
   lr *= number(lr_tensor, "lr", 1);
-  STD_TORCH_CHECK(step >= 1 && lr >= 0 && beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1 && eps >= 0 &&
+  STD_TORCH_CHECK(step >= 1 && lr >= 0 && std::isfinite(step + lr + eps + weight_decay) && beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1 && eps >= 0 &&
                       weight_decay >= 0 && ema_decay >= 0 && ema_decay <= 1,
                   "adamw_ema_: a number is out of range");
   Update u{};

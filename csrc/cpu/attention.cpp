@@ -318,6 +318,7 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, std::optional
                   "attention: shapes do not fit");
   p.heads = a.size[0] * a.size[1], p.queries = a.size[2], p.keys = b.size[2], p.dim = a.size[3];
   p.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(p.dim));
+  STD_TORCH_CHECK(std::isfinite(p.scale), "attention: scale is not finite");
   return p;
 }
 

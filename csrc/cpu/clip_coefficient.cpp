@@ -46,6 +46,7 @@ HYPERSD_KERNEL(squares_double, (const Squares& s, int64_t begin, int64_t end), (
 // (norm, min(1, max_norm / (norm + 1e-6))), the second nan where the first is not finite.
 std::tuple<Tensor, Tensor> clip_coefficient(Tensor grad, double max_norm) {
   const View view(grad);
+  STD_TORCH_CHECK(view.dim > 0, "grad: expected a dimension");
   STD_TORCH_CHECK(max_norm > 0, "max_norm: expected a positive number");
   STD_TORCH_CHECK(grad.is_cpu() && view.type != Type::other, "grad: expected a floating-point CPU tensor");
   std::optional<Tensor> copy;

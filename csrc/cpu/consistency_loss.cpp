@@ -154,11 +154,13 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
   const View shape(eps_student);
   STD_TORCH_CHECK(shape.dim > 0, "eps_student: expected a batch dimension");
   STD_TORCH_CHECK(kind >= mse && kind <= l1, "kind: unknown");
-  STD_TORCH_CHECK(c > 0, "c: expected a positive number");
+  STD_TORCH_CHECK(c > 0 && std::isfinite(c), "c: expected a positive number");
   const int64_t batch = shape.size[0], width = batch ? shape.numel / batch : 0;
   const Coefficients k(coef, "coef", batch, 4);
   std::optional<Vector> w;
   if (weight) w.emplace(*weight, "weight", batch);
+  for (int64_t row = 0; w && row < batch; ++row)
+    STD_TORCH_CHECK(std::isfinite(w->at(row)), "weight: expected finite numbers");
 
   Output output(eps_student, shape, true);
   const View layout(output.work());

@@ -232,6 +232,7 @@ auto by_type(const Layout& layout, const F& run) {
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
                                                    std::optional<Tensor> bias, double eps, bool silu) {
   const Layout layout(x);
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps: expected a number of at least 0");
   return by_type(layout, [&](auto t) { return forward<decltype(t)>(x, layout, num_groups, weight, bias, eps, silu); });
 }
 

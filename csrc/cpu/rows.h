@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -168,6 +169,10 @@ struct Coefficients : Numbers {
     rows = batched && batch > 0 ? batch : 1;
     row_stride = rows > 1 ? view.stride[0] : 0;
     column_stride = view.stride[view.dim - 1];
+    bool finite = true;
+    for (int64_t row = 0; row < (view.numel ? rows : 0); ++row)
+      for (int64_t column = 0; column < columns; ++column) finite = finite && std::isfinite(at(row, column));
+    STD_TORCH_CHECK(finite, name, ": expected finite numbers");
   }
   double at(int64_t row, int64_t column) const { return read(row * row_stride + column * column_stride); }
 };

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hypersd.kernels import _lora_rows, _op
 from hypersd.kernels._op import Op
+from hypersd.kernels._rows import check_real
 from hypersd.kernels._tune import CONFIGS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -230,14 +231,20 @@ def fold_weight(
 def check(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None
 ) -> None:
-    """What both ops ask alike: one dtype, one device, a bias that fits, a scalar scale."""
+    """What both ops ask alike: one dtype, one device, a weight, a bias that fits, a scalar scale."""
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one")
-    for name, tensor in (("weight", weight), ("bias", bias), ("a", a), ("b", b)):
-        if tensor is not None and tensor.dtype != x.dtype and not (name in "ab" and mixed(x, a, b)):
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, x has {x.dtype}; cast one of them")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
+        if tensor.dtype != x.dtype and not (name in "ab" and mixed(x, a, b)):
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {x.dtype} as x; cast one of them")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} as x")
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one input and one output")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     if scale_tensor is not None and scale_tensor.dim() != 0:
@@ -253,7 +260,12 @@ def arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None]:
     """The schema's arguments: adapter in x's dtype, everything in autocast's, the scale as a float or a tensor."""
-    if torch.is_autocast_enabled(x.device.type):
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
+        if not isinstance(t, Tensor) and (name != "bias" or t is not None):
+            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+        if name in "ab" and t is not None and not t.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point one")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if a.dtype != x.dtype or b.dtype != x.dtype:
@@ -262,4 +274,6 @@ def arguments(
             a, b = a.to(x.dtype), b.to(x.dtype)
     if isinstance(scale, Tensor):
         return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)
-    return x, weight, bias, a, b, float(scale), None
+    if torch.compiler.is_compiling():  # there the number may be a symbol
+        return x, weight, bias, a, b, float(scale), None
+    return x, weight, bias, a, b, check_real("scale", scale), None

@@ -32,14 +32,14 @@ def forward(
         return _forward_runs(runs, x, weight, bias, a, b, scales, keep)
     own_a, own_b, factor = _own(a, b, slots, scales, runs)
     rows = x.reshape(-1, k)
-    s = torch.bmm(rows.view(-1, tokens, k), own_a.mT)
+    s = torch.bmm(rows.view(x.shape[0], tokens, k), own_a.mT)
     if x.dtype in _lora.SIXTEEN_BIT:  # without the bias, whose rounding would swallow a small update
         y = torch.bmm(s * factor, own_b.mT).view(-1, n).addmm_(rows, weight.t())
         y = y if bias is None else y.add_(bias)
     else:
         y = F.linear(rows, weight, bias)
-        y.view(-1, tokens, n).baddbmm_(s * factor, own_b.mT)
-    return y.view(*x.shape[:-1], n), s.view(-1, a.shape[1]) if keep else x.new_empty(0)
+        y.view(x.shape[0], tokens, n).baddbmm_(s * factor, own_b.mT)
+    return y.view(*x.shape[:-1], n), s.view(rows.shape[0], a.shape[1]) if keep else x.new_empty(0)
 
 
 def backward(
@@ -53,21 +53,21 @@ def backward(
         return _backward_runs(runs, dy, x, s, weight, a, b, scales, need_x, need_adapter)
     own_a, own_b, factor = _own(a, b, slots, scales, runs)
     dy = dy.reshape(-1, n)
-    samples = dy.view(-1, tokens, n)
+    samples = dy.view(x.shape[0], tokens, n)
     ds = torch.bmm(samples, own_b) * factor
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     if need_x and x.dtype in _lora.SIXTEEN_BIT:
         dx = torch.bmm(ds, own_a).view(-1, k).addmm_(dy, weight).view(x.shape)
     elif need_x:
         dx = dy.mm(weight)
-        dx.view(-1, tokens, k).baddbmm_(ds, own_a)
+        dx.view(x.shape[0], tokens, k).baddbmm_(ds, own_a)
         dx = dx.view(x.shape)
     if need_adapter:
         valid, index = known(slots, a.shape[0])
         # a product with the table of who uses what: a sum in one order, where index_add has none on a GPU
         users = ((index[None, :] == torch.arange(a.shape[0], device=x.device)[:, None]) & valid).to(x.dtype)
-        rows = x.reshape(-1, tokens, k)
-        s = s.view(-1, tokens, a.shape[1]) if s.dim() == 2 else torch.bmm(rows, own_a.mT)
+        rows = x.reshape(x.shape[0], tokens, k)
+        s = s.view(x.shape[0], tokens, a.shape[1]) if s.dim() == 2 else torch.bmm(rows, own_a.mT)
         da = (users @ torch.bmm(ds.mT, rows).flatten(1)).view(a.shape)
         db = (users @ torch.bmm(samples.mT, s * factor).flatten(1)).view(b.shape)
     return dx, da, db

@@ -2,7 +2,8 @@
 
 Without the first every op runs its reference on a CPU; without the second GPUs run Triton.
 
-`HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512` caps the instruction set they use.
+`HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512` caps the instruction set they use;
+`HYPERSD_NATIVE_FOLDER` names another folder to take them from, such as a build with sanitizers.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def _load() -> str:
     """Load the library once; return why there is none, or the empty string."""
     if os.environ.get("HYPERSD_NATIVE") == "0":
         return "switched off by HYPERSD_NATIVE=0"
-    found = sorted([*PACKAGE.glob("_C.*so"), *PACKAGE.glob("_C.*pyd")])
+    folder = Path(os.environ.get("HYPERSD_NATIVE_FOLDER") or PACKAGE)
+    found = sorted([*folder.glob("_C.*so"), *folder.glob("_C.*pyd")])
     if not found:
-        return f"no C++ kernels beside {PACKAGE.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
+        return f"no C++ kernels beside {folder.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

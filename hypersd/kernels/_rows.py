@@ -5,8 +5,10 @@ The Python twin of csrc/cpu/rows.h: argument checks for every implementation, me
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ def check_tensor(name: str, value: object, like: Tensor | None = None, like_name
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: got {value.dtype}, expected a floating-point dtype")
+    check_strided(name, value)
     if like is None:
         if value.dim() < 1:
             raise ValueError(f"{name}: got a 0-d tensor, expected a batch dimension")
@@ -33,8 +36,28 @@ def check_tensor(name: str, value: object, like: Tensor | None = None, like_name
         raise ValueError(f"{name}: got device {value.device}, expected {like.device} as {like_name}")
 
 
-def check_numbers(name: str, value: object, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `value` is float32 or float64, of one of `shapes`, here or on the host."""
+def check_strided(name: str, value: Tensor) -> None:
+    """Raise TypeError for a sparse tensor."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got {value.layout}, expected a dense tensor (torch.strided)")
+
+
+def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a float; TypeError unless it is a number, ValueError unless it is finite and in [low, high]."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected a number") from None
+    if not (low <= number <= high and math.isfinite(number)):
+        raise ValueError(f"{name}: got {number}, expected {low:g} to {high:g}, finite")
+    return number
+
+
+def check_numbers(
+    name: str, value: object, shapes: tuple[tuple[int, ...], ...], device: torch.device, finite: bool = False
+) -> None:
+    """Raise TypeError or ValueError unless `value` is float32 or float64, of one of `shapes`, here or on the host (and
+    `finite`, where the host can see it)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a float64 tensor")
     if value.dtype not in (torch.float64, torch.float32):
@@ -44,6 +67,11 @@ def check_numbers(name: str, value: object, shapes: tuple[tuple[int, ...], ...],
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
     if value.device != device and value.device.type != "cpu":
         raise ValueError(f"{name}: got device {value.device}, expected {device} or the CPU")
+    check_strided(name, value)
+    if finite and type(value) is Tensor and value.device.type == "cpu":
+        wrong = next((number for number in value.flatten().tolist() if not math.isfinite(number)), None)
+        if wrong is not None:
+            raise ValueError(f"{name}: got {wrong}, expected finite numbers")
 
 
 def work_dtype(*tensors: Tensor | None) -> torch.dtype:

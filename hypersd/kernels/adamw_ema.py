@@ -112,8 +112,7 @@ def check(
         ("step", step, 1, math.inf), ("lr", lr, 0, math.inf), ("eps", eps, 0, math.inf),
         ("weight_decay", weight_decay, 0, math.inf), ("ema_decay", ema_decay, 0, 1),
     ):  # fmt: skip
-        if not low <= value <= high:
-            raise ValueError(f"{name}: got {value}, expected {low} to {high}")
+        _rows.check_real(name, value, low, high)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas: got {(beta1, beta2)}, expected two numbers in [0, 1)")
 
@@ -287,9 +286,12 @@ def adamw_ema_(
 
     Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit.
     """
-    step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, float(step))
-    lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, float(lr))
-    beta1, beta2 = betas
+    step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, _rows.check_real("step", step))
+    lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, _rows.check_real("lr", lr))
+    try:
+        beta1, beta2 = (float(beta) for beta in betas)
+    except (TypeError, ValueError):
+        raise TypeError(f"betas: got {betas!r}, expected two numbers in [0, 1)") from None
     OP(
         param, grad, exp_avg, exp_avg_sq, ema, number, rate, beta1, beta2, eps, weight_decay, ema_decay, shadow, clip,
         step_tensor, lr_tensor,

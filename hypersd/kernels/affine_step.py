@@ -93,7 +93,7 @@ def check(
     for name, tensor in zip(NAMES[1:], (eps_cond, eps_uncond, history, noise), strict=True):
         if tensor is not None or name == "eps_cond":
             _rows.check_tensor(name, tensor, x, "x")
-    _rows.check_numbers("coef", coef, ((5,), (x.shape[0], 5)), x.device)
+    _rows.check_numbers("coef", coef, ((5,), (x.shape[0], 5)), x.device, finite=True)
 
 
 # ---------------------------------------------------------------------------------------------------- Triton kernel
@@ -303,6 +303,7 @@ def affine_step(
     Returns:
         A new tensor of the shape, dtype and (where dense) strides of x; differentiable once in every tensor.
 
-    Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit.
+    Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit and for a
+    coefficient on the host that is not finite.
     """
     return OP(x, eps_cond, coef, eps_uncond, history, noise)

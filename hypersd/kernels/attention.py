@@ -20,6 +20,7 @@ from torch import Tensor
 from hypersd.kernels import _attention, _native, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
+from hypersd.kernels._rows import check_real, check_strided
 
 # queries times keys up to which, without C++, plain products beat torch's kernel: in backward above all
 SHORT = 256 * 80
@@ -124,7 +125,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             expected = "a floating-point one" if name == "q" else f"{q.dtype} as q"
             raise TypeError(f"attention: {name} has dtype {t.dtype}, expected {expected}")
         if t.device != q.device:
-            raise ValueError(f"attention: {name} is on {t.device}, q on {q.device}")
+            raise ValueError(f"attention: {name} is on {t.device}, expected {q.device} as q")
+        check_strided(f"attention: {name}", t)
         if t.dim() != 4:
             raise ValueError(f"attention: {name} has shape {tuple(t.shape)}, expected (batch, heads, tokens, dim)")
     b, h, _, d = q.shape
@@ -132,6 +134,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected ({b}, {h}, keys, {d or 'dim > 0'}) as q")
     if v.shape != k.shape:
         raise ValueError(f"attention: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
+    if scale is not None:
+        check_real("attention: scale", scale)
 
 
 def _check_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -217,7 +221,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     """
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() != 4 or k.dim() != 4:
         _check(q, k, v, 1.0)
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if OP.is_elsewhere(q, k, v):

@@ -58,7 +58,7 @@ def reference(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 def check(grad: Tensor, max_norm: float) -> None:
     """Raise TypeError or ValueError for arguments that clip_coefficient does not take."""
     _rows.check_tensor("grad", grad)
-    if not max_norm > 0:
+    if not max_norm > 0:  # infinity is one
         raise ValueError(f"max_norm: got {max_norm}, expected a positive number (math.inf: measure the norm only)")
 
 
@@ -156,4 +156,4 @@ def clip_coefficient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
     Raises TypeError for what is no floating-point tensor, ValueError for a max_norm that is not positive.
     """
-    return OP(grad, float(max_norm))
+    return OP(grad, math.inf if max_norm == math.inf else _rows.check_real("max_norm", max_norm))

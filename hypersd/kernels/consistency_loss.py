@@ -156,10 +156,10 @@ def check(
     for name, tensor in (("x_t", x_t), ("eps_target", eps_target), ("x_s", x_s)):
         _rows.check_tensor(name, tensor, eps_student, "eps_student")
     batch = eps_student.shape[0]
-    _rows.check_numbers("coef", coef, ((batch, 4), (4,)), eps_student.device)
+    _rows.check_numbers("coef", coef, ((batch, 4), (4,)), eps_student.device, finite=True)
     if weight is not None:
-        _rows.check_numbers("weight", weight, ((batch,),), eps_student.device)
-    if not c > 0:
+        _rows.check_numbers("weight", weight, ((batch,),), eps_student.device, finite=True)
+    if not _rows.check_real("c", c) > 0:
         raise ValueError(f"c: got {c}, expected a positive number")
 
 
@@ -483,9 +483,9 @@ def consistency_loss(
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape, device or option that does not fit.
     """
-    if kind not in KINDS:
+    if kind not in tuple(KINDS):
         raise ValueError(f"kind: got {kind!r}, expected one of {tuple(KINDS)}")
-    if reduction not in REDUCTIONS:
+    if reduction not in tuple(REDUCTIONS):
         raise ValueError(f"reduction: got {reduction!r}, expected one of {tuple(REDUCTIONS)}")
     with_slope = torch.is_grad_enabled() and getattr(eps_student, "requires_grad", False)
     return OP(eps_student, x_t, eps_target, x_s, coef, weight, KINDS[kind], c, REDUCTIONS[reduction], with_slope)

@@ -75,6 +75,8 @@ def cost(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
 def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     """The definition, as a residual block writes it."""
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch has no gradient of a bias alone
     z = torch.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(z) if silu else z
 
@@ -85,6 +87,8 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (batch, channels, ...)")
     channels = x.shape[1]
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"num_groups: got {num_groups!r}, expected an integer")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
     for name, t in (("weight", weight), ("bias", bias)):
@@ -95,6 +99,7 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected ({channels},), one number per channel")
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, expected {x.device} as x")
+    _rows.check_real("eps", eps, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -68,7 +68,7 @@ def cost(
     padding: int | tuple[int, int] = 0,
 ) -> Cost:
     """The least of the forms: arithmetic of the cheapest, each tensor moved once."""
-    m, k, n, r = _sizes(x, weight, a, _pair(stride), _pair(padding))
+    m, k, n, r = _sizes(x, weight, a, _pair("stride", stride), _pair("padding", padding))
     moved = x.numel() + m * n + n * k + a.numel() + b.numel()
     return Cost(2 * m * n * k + 2 * r * min(m * (k + n), n * k), moved * x.element_size(), 2)
 
@@ -91,8 +91,12 @@ def reference(
     return base + F.conv2d(F.conv2d(x, a, None, stride, padding), b) * factor
 
 
-def _pair(value: int | tuple[int, int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _pair(name: str, value: int | tuple[int, int]) -> list[int]:
+    if isinstance(value, int):
+        return [value, value]
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: got {value!r}, expected one or two integers")
+    return list(value)
 
 
 def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
@@ -262,6 +266,9 @@ def _check(
         raise ValueError(f"lora_conv2d: stride is {list(stride)}, expected one or two positive integers")
     if len(padding) != 2 or min(padding) < 0:
         raise ValueError(f"lora_conv2d: padding is {list(padding)}, expected one or two integers, none negative")
+    if min(_out_shape(x, weight, stride, padding)[2:]) < 1:
+        reach = [size - 2 * pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
+        raise ValueError(f"lora_conv2d: x has shape {tuple(x.shape)}, expected images of at least {tuple(reach)}")
 
 
 def _fake(
@@ -292,7 +299,7 @@ def _public_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
     stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
 ) -> _lora.Plan:  # fmt: skip
-    return _plan(x, weight, a, _pair(stride), _pair(padding))
+    return _plan(x, weight, a, _pair("stride", stride), _pair("padding", padding))
 
 
 BACKWARD = Op(
@@ -347,7 +354,7 @@ def lora_conv2d(
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
     x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
-    pairs = _pair(stride), _pair(padding)
+    pairs = _pair("stride", stride), _pair("padding", padding)
     keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
     return OP(x, weight, bias, a, b, factor, scale_tensor, *pairs, keep)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from hypersd.kernels import _lora, _lora_routed, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
-from hypersd.kernels._rows import check_numbers, on_device
+from hypersd.kernels._rows import check_numbers, check_strided, on_device
 from hypersd.kernels._tune import Config, Program, jit, tl, triton
 from hypersd.kernels.lora_linear import _add_outer, _add_product, _put, _widen
 from hypersd.kernels.lora_linear import _config as linear_config
@@ -309,14 +309,17 @@ def _check(
         raise ValueError(f"{name}: a has shape {tuple(a.shape)}, expected (adapters, r, {k}) as in weight")
     if b.shape != (a.shape[0], n, a.shape[1]):
         raise ValueError(f"{name}: b has shape {tuple(b.shape)}, expected {(a.shape[0], n, a.shape[1])}")
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"{name}: slots is a {type(slots).__name__}, expected a tensor")
     if slots.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: slots has dtype {slots.dtype}, expected torch.int64 or torch.int32")
     if slots.shape != x.shape[:1]:
         raise ValueError(f"{name}: slots has shape {tuple(slots.shape)}, expected ({x.shape[0]},), one a sample")
-    check_numbers(f"{name}: scales", scales, ((a.shape[0],),), x.device)
+    check_numbers(f"{name}: scales", scales, ((a.shape[0],),), x.device, finite=True)
+    check_strided(f"{name}: slots", slots)
     for label, tensor in (("slots", slots), ("scales", scales)):
         if tensor.device != x.device:
-            raise ValueError(f"{name}: {label} is on {tensor.device}, x on {x.device}")
+            raise ValueError(f"{name}: {label} is on {tensor.device}, expected {x.device} as x")
 
 
 def _fake(

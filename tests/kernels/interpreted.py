@@ -13,7 +13,7 @@ from torch import Tensor
 from hypersd.kernels import _tune, use
 from hypersd.kernels._op import OPS
 from hypersd.kernels._tune import jit, tl
-from tests.kernels import checks
+from tests.kernels import checks, guards
 
 assert _tune.interpreted(), "start with TRITON_INTERPRET=1"
 
@@ -53,10 +53,11 @@ def test_same_bits_twice(op):
 
 @pytest.mark.parametrize("op", EVERY)
 def test_writes_nothing_beside_its_output(op, monkeypatch):
+    """Guard bands before and after every allocation stay as they were."""
     inputs = next(c for c in checks.small(op) if c.name.startswith("odd")).inputs()
-    with use("triton"), checks.guard_bands(monkeypatch) as bands:
-        found = checks.evaluate(op, inputs)
-    assert bands and all(bool((m[:128] == 7).all() and (m[-128:] == 7).all()) for m in bands)
+    with use("triton"), guards.guarded(monkeypatch, inputs) as (inside, bands):
+        found = checks.evaluate(op, inside)
+    assert guards.touched(bands) == 0 and len(bands) >= len(found)
     assert all(value.isfinite().all() for value in found.values())
 
 
