@@ -108,6 +108,7 @@ def distill(
         trainer = Trainer(
             loaded, components, dataset, out,
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
+            **resolve.load_rewards(loaded, components),
         )  # fmt: skip
         trainer.run(resume=resume)
     _say(f"LoRA: {out / 'lora.safetensors'}")
@@ -231,6 +232,26 @@ def convert(
 
     resolve.convert(source, target, format.value, model)
     _say(f"{format.value} LoRA: {target}")
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRA files; the first says how to sample")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+    weights: Annotated[str, typer.Option(help="strength of each file, such as 1,0.5 [default: 1 each]")] = "",
+    rank: Annotated[int | None, typer.Option(min=1, help="cut to this rank by SVD [default: exact, the sum]")] = None,
+    format: Annotated[Format, typer.Option("--format", help="key layout of the target")] = Format.peft,
+    model: Model = "embedded",
+) -> None:
+    """Merge LoRA files into one: the sum of their updates, exactly or cut to a rank. One file: only its strength."""
+    from hypersd import resolve
+
+    try:
+        strengths = [float(part) for part in weights.split(",")] if weights else [1.0] * len(sources)
+    except ValueError:
+        raise HypersdError(f"--weights {weights} is not a list of numbers such as 1,0.5", exit_code=2) from None
+    dropped = resolve.merge(sources, strengths, out, model, rank=rank, format=format.value)
+    _say(f"merged LoRA: {out}" + (f", {100 * dropped:.3g} % of the update's energy dropped" if rank else ""))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from hypersd import compare
 from hypersd.compare import STEPS, TEACHER_STEPS, VARIETY
 from hypersd.console import Progress
 from hypersd.distill.recipe import Recipe, load_recipe
+from hypersd.distill.stages import GuidedStage
 from hypersd.distill.trainer import Trainer
 from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
@@ -41,7 +42,8 @@ BUDGETS = {"quick": Budget("emoji-quick", 256), "full": Budget("emoji-full", 204
 
 def guidance_of(recipe: Recipe) -> float:
     """The teacher's guidance scale: the middle of the range that the first stage distils."""
-    return sum(recipe.stages[0].guidance_scale) / 2
+    first = recipe.stages[0]
+    return sum(first.guidance_scale) / 2 if isinstance(first, GuidedStage) else 1.0
 
 
 def work_of(recipe: Recipe, samples: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components, load_components
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.models.rewards import load_reward
 
 EMBEDDED = "embedded"
 ENCODE_BATCH = 64
@@ -111,6 +112,28 @@ def load_dataset(
     )
 
 
+def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
+    """What the recipe's feedback stages name, as keyword arguments of Trainer."""
+    found: dict[str, Any] = {"rewards": {}, "structure": None}
+    is_embedded = recipe.model.path == EMBEDDED
+    for stage in recipe.stages:
+        for term in getattr(stage, "rewards", []):
+            if is_embedded and term.path is None:
+                from hypersd.emoji import rewards
+
+                found["rewards"][term.kind] = rewards.load(term.kind, term.weight, components.device)
+            else:
+                found["rewards"][term.kind] = load_reward(term.kind, term.path, components.device)
+        term = getattr(stage, "structure", None)
+        if term is not None and term.kind == "scenes":
+            if recipe.data.kind != "scenes":
+                raise HypersdError('structure.kind = "scenes" belongs to data.kind = "scenes"', exit_code=2)
+            from hypersd.emoji import rewards
+
+            found["structure"] = rewards.structure(recipe.train.seed, components.device)
+    return found
+
+
 def _stamps(folder: Path) -> list[Any]:
     files = sorted(folder.rglob("*.safetensors"))
     return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
@@ -185,13 +208,48 @@ def _check_base(backbone: Backbone, metadata: Mapping[str, str], model: str) -> 
 
 def convert(source: Path, target: Path, format: str, model: str) -> None:
     """Rewrite a LoRA file in another key layout; the model's config says which layers its keys mean."""
+    merge([source], [1.0], target, model, format=format)
+
+
+def merge(
+    sources: Sequence[Path],
+    weights: Sequence[float],
+    target: Path,
+    model: str,
+    *,
+    rank: int | None = None,
+    format: str = "peft",
+) -> float:
+    """Write the weighted sum of LoRA files, exact or cut to `rank`; returns the share of energy that was dropped.
+
+    How to sample is said by the first file; one file with weight 1 is only rewritten.
+    """
+    from hypersd.models import formats
     from hypersd.models.export import save_lora
+    from hypersd.models.merge import concatenate, truncate
     from hypersd.plan import network_skeleton
 
-    state, metadata = read_lora(source)
     # memory that is never touched is never taken: only names and shapes of the network matter here
     backbone = Backbone(network_skeleton(model_folder(model)).to_empty(device="cpu"), roles=())
-    _check_base(backbone, metadata, model)
-    backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
-    kept = {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "lora_scale")}
-    save_lora(target, backbone, "lora", kept, format)
+    loras, headers = [], []
+    for source in sources:
+        state, metadata = read_lora(source)
+        _check_base(backbone, metadata, model)
+        backbone.load_lora_state_dict(state, "checked", scale=float(metadata.get("lora_scale", 1.0)))
+        loras.append(backbone.lora_layers("checked"))
+        backbone.drop_role("checked")
+        headers.append(metadata)
+    kinds = {header["prediction_type"] for header in headers if "prediction_type" in header}
+    if len(kinds) > 1:
+        raise HypersdError(f"the LoRAs were made for different predictions: {', '.join(sorted(kinds))}")
+    kept = {key: value for key, value in headers[0].items() if key not in ("lora_adapter_metadata", "lora_scale")}
+    merged, dropped = dict(loras[0]), 0.0
+    if len(sources) > 1 or list(weights) != [1.0]:
+        merged = concatenate(loras, weights)
+        kept["merged"] = json.dumps([[p.name, weight] for p, weight in zip(sources, weights, strict=True)])
+    if rank is not None:
+        merged, dropped, _ = truncate(merged, rank)
+    state = formats.encode(merged, backbone.key_prefix, "kohya")
+    backbone.load_lora_state_dict(state, "merged")
+    save_lora(target, backbone, "merged", kept, format)
+    return dropped

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ Progress = Callable[[int, int | None], None]  # pictures encoded, pictures in al
 @dataclass(frozen=True)
 class Batch:
     """latents (B, C, H, W); cond: what the network takes beside x_t, each (B, ...). Floating tensors are float32
-    (float64 where the dataset is)."""
+    (float64 where the dataset is). captions, and indices: the samples' numbers in the data set, int64 (B,)."""
 
     latents: Tensor
     cond: dict[str, Tensor]
+    captions: list[str] = field(default_factory=list)
+    indices: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class LatentDataset:
@@ -72,7 +74,7 @@ class LatentDataset:
         else:  # back from shard order to the order asked for
             back = torch.from_numpy(np.argsort(np.argsort(shard_of, kind="stable")))
             row = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-        return Batch(row.pop("latents"), row)
+        return Batch(row.pop("latents"), row, [self.captions[i] for i in indices], indices)
 
     def indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """Which samples batch number `step` holds: every epoch is a fresh permutation, drawn from (seed, epoch)."""

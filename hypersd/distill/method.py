@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hypersd.distill.data import Batch
 from hypersd.distill.stages import BaseStage
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.models.rewards import Reward
 
 STUDENT, EMA, PREVIOUS, BASE = "student", "ema", "previous", "base"
 
@@ -44,6 +45,9 @@ class Draw:
         return torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
 
 
+StructureLoss = Callable[[Tensor, np.ndarray], Tensor]
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage stands on. `uncond`: conditions of the empty prompt, each (1, ...); those it lacks are the same with
@@ -54,6 +58,9 @@ class Context:
     process: NoiseProcess
     uncond: dict[str, Tensor]
     previous: BaseStage | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    structure: StructureLoss | None = None
 
 
 @dataclass(frozen=True)

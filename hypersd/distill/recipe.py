@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -61,8 +61,10 @@ class Lora(Section):
 
 
 class Train(Section):
-    """`batch_size` is one forward pass; `accumulation` passes make one optimizer step."""
+    """`batch_size` is one forward pass; `accumulation` passes make one optimizer step. `init`: a finished LoRA file
+    that the first stage starts from; None: it starts as the base model."""
 
+    init: str | None = None
     batch_size: Positive = 32
     accumulation: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
@@ -90,8 +92,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
-        for i, stage in enumerate(self.stages[1:], 1):
-            if stage.needs_previous:
+        for i, stage in enumerate(self.stages):
+            if i == 0 and stage.improves and self.train.init is None:
+                raise ValueError(f"stages.0: {stage.method} improves weights: set train.init, or put a stage before it")
+            if stage.is_separate and i < len(self.stages) - 1:
+                raise ValueError(
+                    f'stages.{i}: a separate LoRA ends the recipe; put it last or set adapter = "continue"'
+                )
+            if stage.needs_previous and i > 0:
                 try:
                     stage.follow(self.stages[i - 1])
                 except ValueError as error:
@@ -212,10 +220,23 @@ def _is_tag(location: Sequence[str | int], index: int) -> bool:
 
 def _keys(location: Sequence[str | int]) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections: dict[str, type[BaseModel]] = {"model": Model, "data": Data, "lora": Lora, "train": Train}
-    section = location[2 if location[0] == "stages" else 0] if location else None
-    model: type[BaseModel] = Recipe if section is None else (sections | STAGES)[str(section)]
-    return list(model.model_fields)
+    section: type[BaseModel] = Recipe
+    for i, part in enumerate(location):
+        if _is_tag(location, i):
+            section = STAGES[str(part)]
+        elif isinstance(part, str) and not (part == "stages" and i + 1 < len(location)):
+            section = next(kind for kind in _kinds(section.model_fields[part].annotation) if _is_section(kind))
+    return list(section.model_fields)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The classes within an annotation: of a list its items', of a union all."""
+    inner = get_args(annotation)
+    return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _nearest(word: str, candidates: Iterable[str]) -> str:

@@ -52,6 +52,21 @@ class BaseStage(Section):
         return ()
 
     @property
+    def is_separate(self) -> bool:
+        """Whether the stage trains a new adapter on top of those weights, instead of going on with them."""
+        return False
+
+    @property
+    def drops_captions(self) -> bool:
+        """Whether data.caption_dropout applies."""
+        return True
+
+    @property
+    def improves(self) -> bool:
+        """Whether the stage cannot begin with nothing: it wants a stage before it, or train.init."""
+        return False
+
+    @property
     def network_evaluations(self) -> float:
         """What one sample costs in one optimizer step, at most: a forward pass is 1, a backward pass 2."""
         raise NotImplementedError
@@ -337,6 +352,110 @@ class DMDStage(GuidedStage):
         return (1 - self.consistency) * matching + self.consistency * joint + self.fake_updates * (1 + 3)
 
 
-AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | DMDStage
+class RewardTerm(Section):
+    """One reward: `weight` times the mean of max(0, threshold - reward).
+
+    `weight = 0` only watches it: an independent reward that falls while the others rise tells over-optimisation.
+    `kind` says which (hypersd.models.rewards; those that begin with "scene_" belong to the embedded model), `path` the
+    folder of its weights.
+    """
+
+    kind: str
+    path: str | None = None
+    weight: NonNegative = 1.0
+    threshold: float | None = None
+
+    @model_validator(mode="after")
+    def _has_a_threshold(self) -> RewardTerm:
+        if self.weight > 0 and self.threshold is None:
+            raise ValueError(
+                f"{self.kind} needs a threshold, the reward at which it stops pulling (or weight = 0: only watched)"
+            )
+        return self
+
+
+class StructureTerm(Section):
+    """Structure: a frozen instance segmenter must find a real picture's own instances in what the student makes of it.
+
+    The picture is diffused to the first step of the roll-out below `start` T. `kind`: "scenes" (embedded model), "solo"
+    (`path`: its safetensors file) or "transformers" (`path`: a model folder); `annotations`: COCO's JSON of instances.
+    """
+
+    kind: Literal["scenes", "solo", "transformers"]
+    path: str | None = None
+    annotations: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1e-3
+    start: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class FeedbackStage(BaseStage):
+    """Human feedback learning on the few-step roll-out (hypersd.distill.feedback).
+
+    `rollout`: step counts, one drawn for each batch; `solver` and `eta` are those of the weights it improves.
+    `gradient_step`: the one step that has a gradient, drawn from the last half of the steps, from all, or the last.
+    `adapter`: "separate" trains a LoRA of its own on top of the frozen weights so far, and exports it alone and merged;
+    "continue" goes on with those weights. `anchor` times the squared latent distance to what the weights before would
+    have made of the same step keeps the roll-out where it was.
+    `check_every`: steps in each of the means that over-optimisation is told from.
+    """
+
+    method: Literal["feedback"]
+    rewards: list[RewardTerm] = []
+    structure: StructureTerm | None = None
+    rollout: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (1, 2, 4, 8)
+    solver: Literal["ddim", "tcd"] = "tcd"
+    eta: Probability = 0.3
+    gradient_step: Literal["last_half", "any", "last"] = "last_half"
+    adapter: Literal["separate", "continue"] = "separate"
+    anchor: NonNegative = 0.0
+    check_every: Positive = 25
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FeedbackStage:
+        kinds = [reward.kind for reward in self.rewards]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"reward {twice[0]} is there twice")
+        if self.structure is None and not any(reward.weight > 0 for reward in self.rewards):
+            raise ValueError("nothing to learn from: give a reward with a weight, or structure")
+        if self.solver == "ddim" and self.eta > 0 and "eta" in self.model_fields_set:
+            raise ValueError('eta belongs to solver = "tcd"; leave it out')
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        return max(self.rollout)
+
+    @property
+    def file(self) -> str:
+        return "lora-feedback"
+
+    @property
+    def needs_previous(self) -> bool:
+        return self.adapter == "separate" or self.anchor > 0
+
+    @property
+    def is_separate(self) -> bool:
+        return self.adapter == "separate"
+
+    @property
+    def improves(self) -> bool:
+        return True
+
+    @property
+    def network_evaluations(self) -> float:
+        one = max(self.rollout) - 1 + 3 + (self.anchor > 0)
+        return one * (bool(self.rewards) + (self.structure is not None))
+
+    @property
+    def drops_captions(self) -> bool:
+        return False  # a reward is asked about a picture and its caption
+
+
+AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | DMDStage | FeedbackStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 STAGES: dict[str, type[BaseStage]] = {get_args(c.model_fields["method"].annotation)[0]: c for c in get_args(AnyStage)}

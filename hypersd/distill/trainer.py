@@ -6,6 +6,7 @@ numbers, and a resumed run on the CPU ends with the bits of an unbroken one.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.dmd import DMD
+from hypersd.distill.feedback import Feedback
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
 from hypersd.distill.log import Log
-from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method
+from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method, StructureLoss
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.stages import (
     BaseStage,
     DMDStage,
+    FeedbackStage,
     LCMStage,
     PCMStage,
     PeRFlowStage,
@@ -42,9 +45,11 @@ from hypersd.distill.tdd import TDD
 from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
-from hypersd.models.export import save_lora
+from hypersd.models.export import load_lora, save_lora
 from hypersd.models.lora import LCM_TARGETS, LoraSpec
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.models.prompts import decode_latents
+from hypersd.models.rewards import Reward
 
 METHODS: dict[type[BaseStage], type[Method]] = {
     TSCDStage: TSCD,
@@ -54,6 +59,7 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     TDDStage: TDD,
     PeRFlowStage: PeRFlow,
     DMDStage: DMD,
+    FeedbackStage: Feedback,
 }
 # what may differ between the recipe of a checkpoint and the one that resumes it
 FREE = ("checkpoint_every", "log_every", "threads")
@@ -68,7 +74,8 @@ class Trainer:
     """Runs the stages of a recipe on one network.
 
     components: unet and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone that
-    is otherwise put around the unet: any `Denoiser` without roles yet. Under out_dir: `checkpoint.safetensors`,
+    is otherwise put around the unet: any `Denoiser` without roles yet. rewards, structure: what a feedback stage
+    names (see method.Context). Under out_dir: `checkpoint.safetensors`,
     `metrics.jsonl`, `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last.
     """
 
@@ -81,9 +88,12 @@ class Trainer:
         *,
         progress: Progress | None = None,
         backbone: Denoiser | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+        structure: StructureLoss | None = None,
     ) -> None:
         self.recipe, self.dataset, self.out_dir = recipe, dataset, Path(out_dir)
-        self.progress = progress
+        self.progress, self.components = progress, components
+        self.rewards, self.structure = rewards or {}, structure
         self.process = NoiseProcess.from_config(components.scheduler_config)
         self.backbone: Any = backbone if backbone is not None else self._wrap(components.unet)
         self._add_student()
@@ -94,6 +104,8 @@ class Trainer:
         self.own_roles: tuple[str, ...] = ()  # further ones, of the stage
         self.auxiliaries: list[tuple[Auxiliary, FlatAdamW]] = []
         self.loaded: dict[str, Tensor] = {}
+        if recipe.train.init is not None:
+            self._start_from(recipe.train.init)
 
     @property
     def checkpoint(self) -> Path:
@@ -142,6 +154,24 @@ class Trainer:
             self.backbone.add_role(STUDENT)
         self.backbone.add_role(EMA, like=STUDENT)
 
+    def _start_from(self, path: str) -> None:
+        """A LoRA file is what the first stage goes on with, or, where that trains an adapter of its own, stands on."""
+        state, metadata = load_lora(path)
+        if metadata.get("base_model", self.backbone.fingerprint) != self.backbone.fingerprint:
+            raise HypersdError(f"{path} was made for {metadata['base_model']}, not for this model; see train.init")
+        stage = self.recipe.stages[0]
+        if not stage.is_separate:
+            self.backbone.load_lora_state_dict(state, STUDENT)
+            self.backbone.copy_role(STUDENT, EMA)
+        if stage.improves and stage.needs_previous:
+            self.backbone.load_lora_state_dict(state, PREVIOUS)
+            self.has_previous = True
+
+    @property
+    def result(self) -> str:
+        """The role, or sum of roles, that lora.safetensors holds."""
+        return f"{PREVIOUS}+{EMA}" if self.recipe.stages[-1].is_separate else EMA
+
     def _begin_stage(self) -> Method:
         """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
         stage = self.recipe.stages[self.stage]
@@ -153,9 +183,14 @@ class Trainer:
             if previous is not None:
                 self.backbone.add_role(PREVIOUS, like=EMA)
             self.has_previous = previous is not None
+            if stage.is_separate:
+                self.backbone.drop_role(STUDENT)
+                self.backbone.drop_role(EMA)
+                self._add_student()
         if self.step == 0:
             self._change_roles(stage.roles)
-        context = Context(self.backbone, self.process, self.uncond, previous)
+        decode = None if self.components.unet is None else functools.partial(decode_latents, self.components)
+        context = Context(self.backbone, self.process, self.uncond, previous, decode, self.rewards, self.structure)
         with _seeded(self.recipe.train.seed + self.stage):
             return METHODS[type(stage)](stage, context)
 
@@ -270,9 +305,10 @@ class Trainer:
             number,
             train.batch_size,
             seed=train.seed + 1000003 * self.stage + 7919 * who,
-            caption_dropout=self.recipe.data.caption_dropout,
+            caption_dropout=self.recipe.data.caption_dropout if self.recipe.stages[self.stage].drops_captions else 0.0,
         )
-        return Batch(self._here(batch.latents), {k: self._here(v) for k, v in batch.cond.items()})
+        cond = {k: self._here(v) for k, v in batch.cond.items()}
+        return Batch(self._here(batch.latents), cond, batch.captions, batch.indices)
 
     def _here(self, t: Tensor) -> Tensor:
         """`t` on the device. To a GPU it goes through pinned memory: a plain copy would wait for all work before it."""
@@ -303,7 +339,7 @@ class Trainer:
         if state["data"] != own["data"]:
             raise HypersdError(f"{self.checkpoint} was made with other training data; resume needs the same pictures")
         self.stage, self.step = state["stage"], state["step"]
-        if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded):
+        if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded) and not self.has_previous:
             self.backbone.add_role(PREVIOUS, like=STUDENT)
             self.has_previous = True
         if self.step > 0:
@@ -328,12 +364,16 @@ class Trainer:
         return tensor.to(like.device, like.dtype)
 
     def _export(self, stage: BaseStage) -> None:
-        """The stage's EMA weights as a LoRA file, and as lora.safetensors after the last stage."""
+        """The stage's EMA weights as a LoRA file, and as lora.safetensors after the last stage: there merged with what
+        they stand on, where the stage trained an adapter of its own."""
         if not isinstance(self.backbone, Backbone):
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
-        for name in [stage.file] + (["lora"] if self.stage == len(self.recipe.stages) - 1 else []):
-            save_lora(self.out_dir / f"{name}.safetensors", self.backbone, EMA, metadata)
+        files = {stage.file: EMA}
+        if self.stage == len(self.recipe.stages) - 1:
+            files["lora"] = self.result
+        for name, role in files.items():
+            save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from hypersd.emoji import tokens
 from hypersd.emoji.atlas import names
 from hypersd.emoji.scenes import BACKGROUNDS, SIZE
 from hypersd.emoji.weights import FOLDER
+from hypersd.models.solo import dice_loss, focal_loss, positive_cells
 
 GRID = 8  # SOLO's cells a side
+HIDDEN = 20  # an object with fewer visible pixels is not asked for
 EMBEDDING = 64
 SETS = {"reward": {"wide": 96, "seed": 11, "stream": 101}, "judge": {"wide": 128, "seed": 12, "stream": 102}}
 
@@ -130,46 +132,27 @@ def solo_loss(category: Tensor, mask: Tensor, objects: list[tuple[int, ...]], ma
     A cell is positive for the instance whose mask has its centre of mass within one fifth of the box around it.
     """
     target, rows, cells, wanted = solo_targets(objects, masks, category.shape[1])
-    target = target.to(category)
-    probability = category.sigmoid()
-    agreement = torch.where(target > 0, probability, 1 - probability)
-    balance = torch.where(target > 0, 0.25, 0.75)
-    cross = F.binary_cross_entropy_with_logits(category, target, reduction="none")
-    focal = (balance * (1 - agreement).square() * cross).sum() / (len(rows) + 1)
-    if not len(rows):
-        return focal
-    chosen = mask[rows, cells].float().sigmoid()
-    wanted = wanted.to(chosen)
-    overlap = (chosen * wanted).sum((1, 2))
-    total = chosen.square().sum((1, 2)) + wanted.square().sum((1, 2))
-    return focal + 3 * (1 - 2 * overlap / (total + 2e-3)).mean()
+    focal = focal_loss(category, target.to(category), len(rows))
+    return focal + 3 * dice_loss(mask[rows, cells].float(), wanted).mean() if len(rows) else focal
 
 
 def solo_targets(objects: list[tuple[int, ...]], masks: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Category targets (N, classes, 8, 8); and of each positive cell its row, its number and its mask (32, 32)."""
     target = torch.zeros(len(objects), classes, GRID, GRID, device=masks.device)
     small = F.avg_pool2d(masks.float(), 2)
-    axis = torch.arange(SIZE, device=masks.device, dtype=torch.float32) + 0.5
-    area = masks.sum((2, 3)).clamp(min=1)
-    centre_y = (masks * axis[:, None]).sum((2, 3)) / area
-    centre_x = (masks * axis).sum((2, 3)) / area
-    height, width = masks.any(3).sum(2), masks.any(2).sum(2)
-    described = torch.stack([centre_y, centre_x, height, width, masks.sum((2, 3))], -1).tolist()
+    visible = masks.sum((2, 3)).tolist()
+    asked = [
+        (row, slot) for row, items in enumerate(objects) for slot in range(len(items)) if visible[row][slot] >= HIDDEN
+    ]
     rows, cells, slots = [], [], []
-    for row, items in enumerate(objects):
-        for slot, item in enumerate(items):
-            y, x, high, wide, visible = described[row][slot]
-            if visible < 20:
-                continue
-            stride = SIZE / GRID
-            top, bottom = (int(min(max(y + sign * 0.1 * high, 0), SIZE - 1) / stride) for sign in (-1, 1))
-            left, right = (int(min(max(x + sign * 0.1 * wide, 0), SIZE - 1) / stride) for sign in (-1, 1))
-            for v in range(top, bottom + 1):
-                for u in range(left, right + 1):
-                    target[row, item, v, u] = 1
-                    rows.append(row)
-                    cells.append(v * GRID + u)
-                    slots.append(slot)
+    found = positive_cells(masks[tuple(zip(*asked, strict=True))], GRID, (SIZE, SIZE)) if asked else []
+    for (row, slot), (top, bottom, left, right) in zip(asked, found, strict=True):
+        for v in range(top, bottom + 1):
+            for u in range(left, right + 1):
+                target[row, objects[row][slot], v, u] = 1
+                rows.append(row)
+                cells.append(v * GRID + u)
+                slots.append(slot)
     index = torch.tensor([rows, cells, slots], dtype=torch.long, device=masks.device)
     return target, index[0], index[1], small[index[0], index[2]]
 

@@ -70,9 +70,11 @@ class Backbone(nn.Module):
         x_t (B, C, H, W); timestep a number or a tensor of shape () or (B,), of 1000 for all networks (NoiseProcess's
         `network_timestep`); cond the network's further keyword arguments (`encoder_hidden_states`, ...), see
         `networks.predict`, or what a `text_cache` made of them. Floating inputs are cast to the dtype of the network.
+        `role` may be a sum, "previous+student": both adapters at once.
         """
-        if role != BASE and role not in self.roles:
-            raise HypersdError(f"the backbone has no role {role!r}; it has {[BASE, *self.roles]}")
+        for part in role.split("+"):
+            if part != BASE and part not in self.roles:
+                raise HypersdError(f"the backbone has no role {part!r}; it has {[BASE, *self.roles]}")
         dtype = self.dtype
         arguments = {k: v.to(dtype) if _is_float(v) else v for k, v in cond.items()}
         projected = arguments.pop(text_cache.PROJECTED, None)
@@ -123,9 +125,11 @@ class Backbone(nn.Module):
         return named
 
     def role_slots(self, role: str) -> dict[str, LoraSlot]:
-        """The layers that the role adapts, by module path, in module order."""
-        self._require(role)
-        return {path: slot for path, slot in self.slots.items() if role in slot.scale}
+        """The layers that the role (or any role of a sum) adapts, by module path, in module order."""
+        parts = role.split("+")
+        for part in parts:
+            self._require(part)
+        return {path: slot for path, slot in self.slots.items() if any(part in slot.scale for part in parts)}
 
     @torch.no_grad()
     def copy_role(self, src: str, dst: str) -> None:
@@ -168,14 +172,18 @@ class Backbone(nn.Module):
         """The role as `unet.<path>.lora_A.weight` ("peft", diffusers) or `lora_unet_<path>.lora_down.weight` ("kohya").
 
         Tensors are detached CPU copies, fp32. Kohya keys carry alpha; the PEFT format keeps it in the file's metadata.
+        A sum of roles, "p+q", is their exact merge: ranks side by side.
         """
-        layers = {
-            path: formats.Layer(
-                slot.a[role].detach().cpu().clone(), slot.b[role].detach().cpu().clone(), slot.scale[role]
-            )
-            for path, slot in self.role_slots(role).items()
-        }
-        return formats.encode(layers, self.key_prefix, format)
+        return formats.encode(self.lora_layers(role), self.key_prefix, format)
+
+    @torch.no_grad()
+    def lora_layers(self, role: str) -> dict[str, formats.Layer]:
+        """The role, or sum of roles, as detached CPU copies by module path."""
+        layers = {}
+        for path, slot in self.role_slots(role).items():
+            a, b, scale = slot.adapter(role)  # type: ignore[misc]
+            layers[path] = formats.Layer(a.detach().cpu().clone(), b.detach().cpu().clone(), scale)
+        return layers
 
     def load_lora_state_dict(self, state: Mapping[str, Tensor], role: str, *, scale: float | None = None) -> None:
         """Set a role from PEFT, diffusers or kohya keys; without alpha in the file `scale` (default 1) applies.

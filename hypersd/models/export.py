@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hypersd.errors import HypersdError
 from hypersd.files import atomic_write
+from hypersd.models import formats
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import check_safetensors
 
@@ -24,16 +25,16 @@ _DIFFUSERS_KEY = "lora_adapter_metadata"
 def save_lora(
     path: str | Path, backbone: Backbone, role: str, metadata: Mapping[str, str] | None = None, format: str = "peft"
 ) -> Path:
-    """Write a role as safetensors, atomically, fp32.
+    """Write a role, or a sum of roles ("p+q"), as safetensors, atomically, fp32.
 
     `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, dpmpp_2m, tcd, lcm), `steps`
     ("1,2,4,8"), `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here:
     `rank`, `alpha`, `base_model` (fingerprint), `lora_format`. Raises HypersdError when the file cannot be written.
     """
-    state = backbone.lora_state_dict(role, format)
-    slots = backbone.role_slots(role)
-    ranks = {name: int(slot.a[role].shape[0]) for name, slot in slots.items()}
-    alphas = {name: slot.scale[role] * ranks[name] for name, slot in slots.items()}
+    layers = backbone.lora_layers(role)
+    state = formats.encode(layers, backbone.key_prefix, format)
+    ranks = {name: int(layer.a.shape[0]) for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     full = {name: str(value) for name, value in (metadata or {}).items()}
     full |= {
@@ -49,7 +50,7 @@ def save_lora(
             "lora_alpha": alpha,
             "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-            "target_modules": list(slots),
+            "target_modules": list(layers),
         }
         full[_DIFFUSERS_KEY] = json.dumps({f"{backbone.key_prefix}.{k}": v for k, v in config.items()}, sort_keys=True)
 

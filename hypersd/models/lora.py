@@ -173,19 +173,34 @@ class LoraSlot(nn.Module):
         if role in self.a:
             del self.a[role], self.b[role], self.scale[role]
 
+    def adapter(self, role: str) -> tuple[Tensor, Tensor, float] | None:
+        """(a, b, scale) of a role, None where the layer has none.
+
+        A sum of roles, "p+q", is one adapter with their ranks side by side, a = [a_p; a_q], b = [s_p b_p, s_q b_q]:
+        exactly the sum of both updates (the scales move into b), with gradient to every part that wants one.
+        """
+        parts = [part for part in role.split("+") if part in self.scale]
+        if not parts:
+            return None
+        if len(parts) == 1:
+            return self.a[parts[0]], self.b[parts[0]], self.scale[parts[0]]
+        b = torch.cat([self.scale[part] * self.b[part] for part in parts], dim=1)
+        return torch.cat([self.a[part] for part in parts]), b, 1.0
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         text = _active.text
         if text is not None and self.path in text:
             return text[self.path]
         role = _active.role
-        if role == BASE or role not in self.scale:
+        adapter = self.adapter(role)
+        if adapter is None:
             return self.base(x, *args, **kwargs)
-        a, b, scale = self.a[role], self.b[role], self.scale[role]
+        a, b, scale = adapter
         if self.layer is not self.base:
             # the layer carries an adapter of its own, in whatever form PEFT gives it: add ours to its output
             y = self.base(x, *args, **kwargs)
             return y + scale * self._low_rank(x.to(y.dtype), a.to(y.dtype), b.to(y.dtype))
-        if _active.folding and self._can_fold(x):
+        if _active.folding and role in self.scale and self._can_fold(x):
             return self._plain(x, self._fold(role))
         return self._adapted(x, a, b, scale)
 
@@ -203,9 +218,9 @@ class LoraSlot(nn.Module):
 
     def version(self, role: str) -> tuple[Any, ...]:
         """Another tuple after every change of weight or adapter, in place (but through .data) or by replacement."""
-        if role not in self.scale:
-            return (stamp(self.weight),)
-        return (*map(stamp, (self.weight, self.a[role], self.b[role])), self.scale[role])
+        parts = [part for part in role.split("+") if part in self.scale]
+        adapters = [(stamp(self.a[part]), stamp(self.b[part]), self.scale[part]) for part in parts]
+        return (stamp(self.weight), *adapters)
 
     def clear_folded(self) -> None:
         self._folded.clear()

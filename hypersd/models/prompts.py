@@ -70,9 +70,11 @@ def encode_images(components: Components, images: Tensor, generator: torch.Gener
     return ((latents - shift) * scale).to(images.dtype)
 
 
-@torch.no_grad()
 def decode_latents(components: Components, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to pictures (B, 3, h f, w f), about [-1, 1] and not clamped, in the latents' dtype."""
+    """Latents (B, C, h, w) to pictures (B, 3, h f, w f), about [-1, 1] and not clamped, in the latents' dtype.
+
+    Differentiable in the latents: rewards are measured on pictures.
+    """
     vae = components.vae
     weight = next(vae.parameters())
     shift, scale = _vae_affine(components)

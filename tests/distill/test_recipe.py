@@ -18,9 +18,12 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    assert shipped() == ["emoji-full", "emoji-quick", "emoji-unified", "sd15", "sdxl"]
+    assert shipped() == ["emoji-feedback", "emoji-full", "emoji-quick", "emoji-unified", "sd15", "sdxl"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
+        if name == "emoji-feedback":  # it begins with a finished LoRA
+            assert [stage.name for stage in load_recipe(name).stages] == ["feedback"]
+            continue
         after = {"emoji-unified": ["dmd"]}.get(name, [])
         assert [stage.name for stage in load_recipe(name).stages] == tscd + after
     for name in ("sd15", "sdxl"):
@@ -56,7 +59,7 @@ def test_overrides() -> None:
         ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
         (
             "stages.0.method=tscx",
-            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow, dmd; did you"
+            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow, dmd, feedback; did you"
             " mean 'tscd'?",
         ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),

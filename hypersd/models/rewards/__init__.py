@@ -1,0 +1,64 @@
+"""Rewards: what is liked about a picture, as differentiable functions of its pixels.
+
+    aesthetic     LAION's aesthetic predictor on CLIP ViT-L/14
+    pickscore     PickScore (Kirstain et al. 2023), CLIP ViT-H/14
+    hpsv2         Human Preference Score v2 (Wu et al. 2023), CLIP ViT-H/14
+    imagereward   ImageReward (Xu et al. 2023), BLIP
+
+Every one is loaded from a local folder, safetensors only. Anything else with this interface works as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hypersd.errors import HypersdError
+
+
+class Reward(Protocol):
+    """Pictures (B, 3, H, W), about [-1, 1] and of any size, with their captions -> (B,) float32, higher is better.
+
+    Differentiable in the pictures; its own weights are frozen.
+    """
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects of one picture: labels (n,) int64 and their visible masks (n, H, W) bool."""
+
+    labels: Tensor
+    masks: Tensor
+
+
+class Segmenter(Protocol):
+    """A frozen instance segmenter: its own training loss on pictures (B, 3, H, W) in [-1, 1], a scalar with gradient in
+    the pictures."""
+
+    def __call__(self, images: Tensor, instances: Sequence[Instances]) -> Tensor: ...
+
+
+KINDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")
+
+
+def load_reward(kind: str, path: str | Path, device: str | torch.device = "cpu") -> Reward:
+    """The reward of this kind from its folder, frozen, float32, on `device`. Raises HypersdError that says what to put
+    there."""
+    if kind == "aesthetic":
+        from hypersd.models.rewards.aesthetic import load
+    elif kind == "pickscore":
+        from hypersd.models.rewards.pickscore import load
+    elif kind == "hpsv2":
+        from hypersd.models.rewards.hpsv2 import load
+    elif kind == "imagereward":
+        from hypersd.models.rewards.imagereward import load
+    else:
+        raise HypersdError(f"reward {kind!r} is unknown; use {', '.join(KINDS)}", exit_code=2)
+    return load(Path(path), device)
