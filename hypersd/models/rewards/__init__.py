@@ -10,7 +10,8 @@ Every one is loaded from a local folder, safetensors only. Anything else with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,14 +52,7 @@ KINDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")
 def load_reward(kind: str, path: str | Path, device: str | torch.device = "cpu") -> Reward:
     """The reward of this kind from its folder, frozen, float32, on `device`. Raises HypersdError that says what to put
     there."""
-    if kind == "aesthetic":
-        from hypersd.models.rewards.aesthetic import load
-    elif kind == "pickscore":
-        from hypersd.models.rewards.pickscore import load
-    elif kind == "hpsv2":
-        from hypersd.models.rewards.hpsv2 import load
-    elif kind == "imagereward":
-        from hypersd.models.rewards.imagereward import load
-    else:
+    if kind not in KINDS:
         raise HypersdError(f"reward {kind!r} is unknown; use {', '.join(KINDS)}", exit_code=2)
+    load: Callable[[Path, str | torch.device], Reward] = importlib.import_module(f"{__name__}.{kind}").load
     return load(Path(path), device)
