@@ -30,10 +30,10 @@ def others() -> dict[str, Callable[..., Iterable[list[Result]]]]:
     return {"sampler_step": sampler.measure, "tscd_step": tscd_step.measure}
 
 
-def unknown(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str]) -> str:
+def unknown(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], known_ops: Sequence[str] = ()) -> str:
     """One line about the first name that is not known; empty when all are."""
     for what, names, known in (
-        ("operator", ops, [*OPS, *others()]),
+        ("operator", ops, known_ops or [*OPS, *others()]),
         ("shape set", shapes, SETS),
         ("dtype", dtypes, ("float32", "float64", "bfloat16", "float16")),
     ):

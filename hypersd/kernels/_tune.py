@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton import jit
 except ImportError as error:  # no wheel for this platform: ops keep their reference
     triton = tl = None
     _missing = f"Triton is not installed ({error}); `pip install triton` where it has a wheel"
@@ -27,6 +26,18 @@ except ImportError as error:  # no wheel for this platform: ops keep their refer
         return function if function else lambda wrapped: wrapped
 else:
     _missing = ""
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        """triton.jit, its launches with multiply-adds fused: the default of Triton's releases differs, and 3.9 warns."""
+        kernel = triton.jit(function, **options)
+        if function is None:
+            return lambda wrapped: _fused(kernel(wrapped))
+        return _fused(kernel)
+
+    def _fused(kernel: Any) -> Any:
+        kernel.run = partial(kernel.run, enable_fp_fusion=True)
+        return kernel
+
 
 CONFIGS = Path(__file__).parent / "configs"
 MAX_DISTANCE = 4.0  # in powers of two, summed over the sizes: farther rows say nothing about this problem
