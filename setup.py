@@ -3,7 +3,7 @@
 `python setup.py build_ext --inplace` builds hypersd/_C.abi3.so for a checkout. It uses nothing but the stable C ABI of
 libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
 the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
-HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler; tests/kernels/sanitized.py does, elsewhere.
+HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler, as tests/kernels/sanitized.py does.
 """
 
 import importlib.util

@@ -47,17 +47,21 @@ MUTATIONS = [
         ("score_gradient", "_direction_kernel", "another row", "sample * weight_stride", "0 * weight_stride"),
         ("score_gradient", "_direction_kernel", "no tail mask", "mask = inside < width", "mask = inside >= 0"),
         ("score_gradient", "_distance_kernel", "no tail mask", "mask = inside < width", "mask = inside >= 0"),
-        ("score_gradient", "_distance_kernel", "fp16 sum", "tl.abs(left - right)", "tl.abs(left - right).to(tl.float16)"),
+        ("score_gradient", "_distance_kernel", "fp16 sum",
+         "tl.abs(left - right)", "tl.abs(left - right).to(tl.float16)"),
         ("geglu", "_forward_kernel", "scale dropped", "0.5 + 0.5 * tl.erf", "0.5 + tl.erf"),
         ("geglu", "_forward_kernel", "halves swapped", "gate = tl.load(x + at + width", "gate = tl.load(x + at"),
         ("geglu", "_forward_kernel", "no tail mask", "mask = inside < width", "mask = inside >= 0"),
         ("geglu", "_forward_kernel", "fp16", "(gate * phi))", f"(gate * phi){NARROW})"),
         ("geglu", "_backward_kernel", "scale dropped", "grad * value *", "value *"),
         ("group_norm_silu", "_group_norm._apply_kernel", "scale dropped", WIDE, "inverse + shift"),
-        ("group_norm_silu", "_group_norm._affine", "another group", "channel // (channels // groups)", "channel % groups"),
+        ("group_norm_silu", "_group_norm._affine", "another group",
+         "channel // (channels // groups)", "channel % groups"),
         ("group_norm_silu", "_group_norm._tile", "no tail mask", "(pixel < pixels)[:, None] & ", ""),
-        ("group_norm_silu", "_group_norm._moments_kernel", "fp16 sum", "tl.sum(value, axis=0)", f"tl.sum(value, axis=0){NARROW}"),
-        ("group_norm_silu", "_group_norm._dx_kernel", "scale dropped", "(centered * tilt + level)", "(centered + level)"),
+        ("group_norm_silu", "_group_norm._moments_kernel", "fp16 sum",
+         "tl.sum(value, axis=0)", f"tl.sum(value, axis=0){NARROW}"),
+        ("group_norm_silu", "_group_norm._dx_kernel", "scale dropped",
+         "(centered * tilt + level)", "(centered + level)"),
         ("lora_linear", "_expand_kernel", "scale dropped", "total *= factor", "total *= 1.0"),
         ("lora_linear", "_expand_kernel", "bias dropped", "if HAS_BIAS:", "if False:"),
         ("lora_linear", "_tile", "transposed", "rows[:, None].to(tl.int64) * column_count + columns[None, :]",
@@ -66,9 +70,12 @@ MUTATIONS = [
         ("lora_linear", "_put", "no tail mask", "(rows[:, None] < m) & ", ""),
         ("lora_linear", "_add_product", "fp16 sum", DOT, DOT + NARROW),
         ("lora_linear", "_add_outer", "rows dropped", "range(first, last, BLOCK_M)", "range(first + 1, last, BLOCK_M)"),
-        ("lora_linear_routed", "_routed_expand_kernel", "scale dropped", "total *= tl.load(scales + slot).to(tl.float32)", "total *= 1.0"),
-        ("lora_linear_routed", "_collect_kernel", "scale dropped", "total *= tl.load(scales + slot).to(tl.float32)", "total *= 1.0"),
-        ("lora_linear_routed", "_slot_of", "slots transposed", "tl.load(slots + sample)", "slot_count - 1 - tl.load(slots + sample)"),
+        ("lora_linear_routed", "_routed_expand_kernel", "scale dropped",
+         "total *= tl.load(scales + slot).to(tl.float32)", "total *= 1.0"),
+        ("lora_linear_routed", "_collect_kernel", "scale dropped",
+         "total *= tl.load(scales + slot).to(tl.float32)", "total *= 1.0"),
+        ("lora_linear_routed", "_slot_of", "slots transposed",
+         "tl.load(slots + sample)", "slot_count - 1 - tl.load(slots + sample)"),
         ("lora_linear_routed", "_slot_of", "no base layer", "(slot >= 0) & ", ""),
         ("lora_linear_routed", "_routed_shrink_kernel", "one slot", "w += slot * k * r", "w += k * r"),
         ("lora_linear_routed", "_put", "no tail mask", "(rows[:, None] < m) & ", ""),
@@ -77,12 +84,15 @@ MUTATIONS = [
         ("attention", "_attention._forward_kernel", "heads transposed", "(b * v_b + h * v_h)", "(b * v_h + h * v_b)"),
         ("attention", "_attention._row_scores", "no tail mask", "keys[None, :] < tk", "keys[None, :] >= 0"),
         ("attention", "_attention._put", "no tail mask", "tokens[:, None] < count", "tokens[:, None] >= 0"),
-        ("attention", "_attention._forward_kernel", "fp16 sum", "norm = 1.0 / tl.sum(p, 1)[:, None]", f"norm = (1.0 / tl.sum(p, 1)[:, None]){NARROW}"),
+        ("attention", "_attention._forward_kernel", "fp16 sum",
+         "norm = 1.0 / tl.sum(p, 1)[:, None]", f"norm = (1.0 / tl.sum(p, 1)[:, None]){NARROW}"),
         ("attention", "_attention._dkdv_kernel", "scale dropped", "dk0 * scale", "dk0"),
         ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "scale dropped", "g = factor * tl.load", "g = tl.load"),
-        ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "moments swapped", "tl.store(exp_avg + offset, m", "tl.store(exp_avg + offset, v"),
+        ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "moments swapped",
+         "tl.store(exp_avg + offset, m", "tl.store(exp_avg + offset, v"),
         ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "no tail mask", "mask = offset < limit", "mask = offset >= 0"),
-        ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "fp16", "m += weight1 * (g - m)", f"m += (weight1 * (g - m)){NARROW}"),
+        ("adamw_ema_", "adamw_ema._adamw_ema_kernel", "fp16",
+         "m += weight1 * (g - m)", f"m += (weight1 * (g - m)){NARROW}"),
         ("clip_coefficient", "_finish_kernel", "scale dropped", "max_norm * 1.0", "1.0"),
         ("clip_coefficient", "_squares_kernel", "no tail mask", "mask=offset < count", "mask=offset >= 0"),
         ("clip_coefficient", "_squares_kernel", "fp16 sum", "values * values", "(values * values).to(tl.float16)"),
@@ -109,7 +119,11 @@ def test_the_kernel_as_it_is_stays_green(op, monkeypatch):
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.op}{m.kernel}-{m.what}".replace(" ", "_"))
 def test_a_changed_line_turns_the_checks_red(mutation, tmp_path, monkeypatch):
-    path, _, name = f"{mutation.op}.{mutation.kernel}".rpartition(".") if "." not in mutation.kernel else mutation.kernel.rpartition(".")
+    path, _, name = (
+        f"{mutation.op}.{mutation.kernel}".rpartition(".")
+        if "." not in mutation.kernel
+        else mutation.kernel.rpartition(".")
+    )
     module: Any = importlib.import_module(f"hypersd.kernels.{path}")
     source = inspect.getsource(getattr(module, name).fn)
     assert source.count(mutation.old) >= 1, "the kernel no longer has this line"

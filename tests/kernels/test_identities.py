@@ -115,7 +115,11 @@ def layer(dtype: torch.dtype, conv: bool, r: int = 8) -> dict[str, Any]:
     kernel, one = ((3, 3), (1, 1)) if conv else ((), ())
     x = draw(2, 16, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last) if conv else draw(2, 50, 16)
     adapter = {"a": draw(r, 16, *kernel, dtype=dtype, seed=2), "b": draw(24, r, *one, dtype=dtype, seed=3)}
-    return {"x": x.to(dtype), "weight": draw(24, 16, *kernel, dtype=dtype, seed=1), "bias": draw(24, dtype=dtype)} | adapter
+    return {
+        "x": x.to(dtype),
+        "weight": draw(24, 16, *kernel, dtype=dtype, seed=1),
+        "bias": draw(24, dtype=dtype),
+    } | adapter
 
 
 @DTYPES
@@ -152,8 +156,8 @@ def test_attention_is_linear_in_its_values_and_blind_to_the_order_of_keys(implem
     order = torch.randperm(77, generator=torch.Generator().manual_seed(0))
     close(attention(q, k[:, :, order], v[:, :, order]), y)
     assert torch.equal(attention(q, k, 2 * v), 2 * y)
-    close(attention(q, k, v.double() + w.double()) if dtype == torch.float64 else attention(q, k, v) + attention(q, k, w),
-          attention(q.float(), k.float(), v.float() + w.float()).to(dtype))  # fmt: skip
+    both = attention(q.float(), k.float(), v.float() + w.float()).to(dtype)
+    close(attention(q, k, v) + attention(q, k, w), both)
     close(attention(q, k, torch.ones_like(v)), torch.ones_like(y), 8)  # the weights of a query sum to 1
     close(attention(4 * q, k, v), attention(q, k, v, scale=4 * 40**-0.5), 1)
 
