@@ -8,8 +8,7 @@ HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 
 $CUDA_HOME, on PATH or in /usr/local/cuda. Take one of the release that torch.version.cuda names. The build needs
 neither a GPU nor a torch that has CUDA.
 
-HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler; tests/kernels/sanitized.py does,
-elsewhere.
+HYPERSD_SANITIZE=address,undefined builds with these sanitizers of the compiler, as tests/kernels/sanitized.py does.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """`hypersd bench compare`: this tree against another git state of it, or two files of rows.
 
-Times: one process after the other runs the kernels of one state, the two states taking turns, all with the bench and the
-libraries of this tree. A ratio counts as a change when it leaves 1 by more than 5 % and by more than three standard
+Times: one process after the other runs the kernels of one state, the two states taking turns, all with the bench and
+the libraries of this tree. A ratio counts as a change when it leaves 1 by more than 5 % and by more than three standard
 errors of its mean over the turns. Machine code needs no such bound: equal sources give equal counts.
 """
 
@@ -64,7 +64,7 @@ def read(path: Path, ops: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
     """The timed rows of a file by key, in order: one row for each run of it. Raises HypersdError for other files."""
     found: dict[tuple[str, ...], list[Row]] = {}
     try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for _number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             row = json.loads(line)
             if row["p50"] and (not ops or row["op"] in ops):
                 found.setdefault(tuple(row[name] for name in KEY), []).append(row)

@@ -23,9 +23,10 @@ def arrange(folder: str) -> None:
 def times(ops: list[str], prefixes: list[str], dtypes: list[str], seconds: float, check: bool) -> None:
     """Our time of every case and mode; what is wrong gets none."""
     import torch
+    from torch import Tensor
+
     from bench import harness, peers
     from hypersd.kernels._op import OPS
-    from torch import Tensor
 
     for op in (OPS[name] for name in ops if name in OPS):
         for case in op.cases:

@@ -28,7 +28,7 @@ else:
     _missing = ""
 
     def jit(function: Any = None, **options: Any) -> Any:
-        """triton.jit, its launches with multiply-adds fused: the default of Triton's releases differs, and 3.9 warns."""
+        """triton.jit, its launches with multiply-adds fused: Triton's releases differ in the default, and 3.9 warns."""
         kernel = triton.jit(function, **options)
         if function is None:
             return lambda wrapped: _fused(kernel(wrapped))

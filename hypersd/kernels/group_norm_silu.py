@@ -77,7 +77,10 @@ def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | 
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch has no gradient of a bias alone
-    z = torch.group_norm(x, num_groups, weight, bias, eps)
+    if x.numel() or weight is None:
+        z = torch.group_norm(x, num_groups, weight, bias, eps)
+    else:  # there torch's gradient of the weight is nan
+        z = x * weight.view(-1, *[1] * (x.dim() - 2)) + (0 if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
     return F.silu(z) if silu else z
 
 
