@@ -63,8 +63,9 @@ def change(key: tuple[str, ...], before: Sequence[float], now: Sequence[float], 
 def read(path: Path, ops: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
     """The timed rows of a file by key, in order: one row for each run of it. Raises HypersdError for other files."""
     found: dict[tuple[str, ...], list[Row]] = {}
+    number = 0
     try:
-        for _number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):  # noqa: B007
             row = json.loads(line)
             if row["p50"] and (not ops or row["op"] in ops):
                 found.setdefault(tuple(row[name] for name in KEY), []).append(row)
