@@ -48,7 +48,7 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {value!r}, expected a number") from None
-    if not (low <= number <= high and math.isfinite(number)):
+    if not (low <= number <= high and -math.inf < number < math.inf):  # as torch.compile can trace it
         raise ValueError(f"{name}: got {number}, expected {low:g} to {high:g}, finite")
     return number
 

@@ -63,6 +63,8 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def copied(t: Tensor) -> Tensor:
     """Other memory with the same numbers, at the same place in its storage."""
+    if torch.compiler.is_compiling():  # which knows no storages
+        return t.clone()
     return t.new_empty(0).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
 
 

@@ -135,7 +135,7 @@ def test_nothing_to_average_is_nan_as_in_torch():
         ({"kind": "l2"}, ValueError, r"kind: got 'l2', expected one of \('mse', 'huber', 'pseudo_huber', 'l1'\)"),
         ({"reduction": "sum"}, ValueError, r"reduction: got 'sum', expected one of \('mean', 'none'\)"),
         ({"c": 0.0}, ValueError, "c: got 0.0, expected a positive number"),
-        ({"c": float("nan")}, ValueError, "c: got nan, expected a positive number"),
+        ({"c": float("nan")}, ValueError, "c: got nan, expected -inf to inf, finite"),
         ({"eps_student": "no"}, TypeError, "eps_student: got str, expected a tensor"),
         ({"x_s": torch.zeros(3, 3)}, ValueError, r"x_s: got shape \(3, 3\), expected \(2, 3\) as eps_student"),
         ({"coef": torch.zeros(2, 5).double()}, ValueError, r"coef: got shape \(2, 5\), expected \(2, 4\) or \(4,\)"),
