@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or LCM_TARGETS)
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
-    roles = 2 + any(stage.needs_previous for stage in recipe.stages[1:])
+    roles = 2 + any(stage.needs_previous and (i > 0 or stage.improves) for i, stage in enumerate(recipe.stages))
     roles += max(len(stage.roles) for stage in recipe.stages)
     others = sum(
         p.stat().st_size
@@ -66,7 +66,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             {
                 "name": stage.name,
                 "steps": stage.iterations,
-                "teacher": "previous_stage" if stage.needs_previous and i > 0 else "base",
+                "teacher": "rewards"
+                if stage.improves
+                else "previous_stage"
+                if stage.needs_previous and i > 0
+                else "base",
             }
             for i, stage in enumerate(recipe.stages)
         ],

@@ -15,13 +15,15 @@ import torch
 from hypersd import __version__
 from hypersd.distill.captions import pairs, read_picture
 from hypersd.distill.data import LatentDataset, model_resolution
+from hypersd.distill.instances import CocoInstances
 from hypersd.distill.recipe import Recipe
+from hypersd.distill.stages import StructureTerm
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components, load_components
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.models.rewards import load_reward
+from hypersd.models.rewards import load_reward, load_segmenter
 
 EMBEDDED = "embedded"
 ENCODE_BATCH = 64
@@ -123,15 +125,35 @@ def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
 
                 found["rewards"][term.kind] = rewards.load(term.kind, term.weight, components.device)
             else:
+                if term.path is None:
+                    raise HypersdError(f"reward {term.kind} needs path, the folder of its weights", exit_code=2)
                 found["rewards"][term.kind] = load_reward(term.kind, term.path, components.device)
         term = getattr(stage, "structure", None)
-        if term is not None and term.kind == "scenes":
-            if recipe.data.kind != "scenes":
-                raise HypersdError('structure.kind = "scenes" belongs to data.kind = "scenes"', exit_code=2)
-            from hypersd.emoji import rewards
-
-            found["structure"] = rewards.structure(recipe.train.seed, components.device)
+        if term is not None:
+            found["structure"] = load_structure(term, recipe, components)
     return found
+
+
+def load_structure(
+    term: StructureTerm, recipe: Recipe, components: Components
+) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
+    """The structure loss of a feedback stage: (pictures, numbers of the data set's samples) -> scalar."""
+    if term.kind == "scenes":
+        if recipe.data.kind != "scenes":
+            raise HypersdError('structure.kind = "scenes" belongs to data.kind = "scenes"', exit_code=2)
+        from hypersd.emoji import rewards
+
+        return rewards.structure(recipe.train.seed, components.device)
+    data = recipe.data
+    if data.kind != "folder" or data.path is None or term.path is None or term.annotations is None:
+        raise HypersdError(
+            f'structure.kind = "{term.kind}" needs path, annotations (COCO JSON) and data.kind = "folder"',
+            exit_code=2,
+        )
+    pictures = [picture for picture, _ in pairs(data.path, data.captions)]
+    instances = CocoInstances(term.annotations, pictures, data.resolution or model_resolution(components))
+    segmenter = load_segmenter(term.kind, term.path, components.device)
+    return lambda images, indices: segmenter(images, [instances[int(index)] for index in indices])
 
 
 def _stamps(folder: Path) -> list[Any]:

@@ -182,7 +182,8 @@ class Backbone(nn.Module):
         layers = {}
         for path, slot in self.role_slots(role).items():
             a, b, scale = slot.adapter(role)  # type: ignore[misc]
-            layers[path] = formats.Layer(a.detach().cpu().clone(), b.detach().cpu().clone(), scale)
+            a, b = (p.detach().cpu().clone(memory_format=torch.contiguous_format) for p in (a, b))
+            layers[path] = formats.Layer(a, b, scale)
         return layers
 
     def load_lora_state_dict(self, state: Mapping[str, Tensor], role: str, *, scale: float | None = None) -> None:

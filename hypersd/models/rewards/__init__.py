@@ -56,3 +56,16 @@ def load_reward(kind: str, path: str | Path, device: str | torch.device = "cpu")
         raise HypersdError(f"reward {kind!r} is unknown; use {', '.join(KINDS)}", exit_code=2)
     load: Callable[[Path, str | torch.device], Reward] = importlib.import_module(f"{__name__}.{kind}").load
     return load(Path(path), device)
+
+
+def load_segmenter(kind: str, path: str | Path, device: str | torch.device = "cpu") -> Segmenter:
+    """ "solo": SOLO from its safetensors file; "transformers": a Mask2Former or MaskFormer from its folder."""
+    if kind == "solo":
+        from hypersd.models.solo import load_solo
+
+        return load_solo(path, device)
+    if kind == "transformers":
+        from hypersd.models.rewards import segmentation
+
+        return segmentation.load(Path(path), device)
+    raise HypersdError(f"segmenter {kind!r} is unknown; use solo or transformers", exit_code=2)

@@ -1,0 +1,101 @@
+"""What a recipe's feedback stage and a merge stand for, from files to callables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hypersd import cli, resolve
+from hypersd.distill.recipe import parse_recipe
+from hypersd.errors import HypersdError
+from hypersd.models.backbone import Backbone
+from hypersd.models.export import load_lora, save_lora
+from hypersd.models.load import load_components
+from hypersd.models.lora import LoraSpec
+from tests.models.test_rewards import mask2former
+
+
+def recipe(folder: Path | None = None, model: str = "embedded", **options: Any) -> Any:
+    stage = {"method": "feedback", "iterations": 1} | options
+    data = {} if folder is None else {"kind": "folder", "path": str(folder)}
+    document = {"model": {"path": model}, "data": data, "train": {"init": "x.safetensors"}, "stages": [stage]}
+    return parse_recipe(document)
+
+
+def test_structure_of_a_folder_of_pictures(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    """COCO's annotations reach the segmenter with the picture that the data set's number means."""
+    annotations = []
+    for index in (0, 1):  # in the order of names
+        Image.fromarray(np.full((64, 64, 3), 80 * index, np.uint8)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("a picture")
+    square = [10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]
+    annotations = [{"id": 1, "image_id": 5, "category_id": 3, "segmentation": [square]}]
+    images = [{"id": 4 + i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in (0, 1)]
+    coco = tmp_path / "instances.json"
+    coco.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 3}]}))
+    weights = tmp_path / "mask2former"
+    mask2former().save_pretrained(weights)
+    (weights / "preprocessor_config.json").write_text("{}")
+    structure = {"kind": "transformers", "path": str(weights), "annotations": str(coco)}
+    r = recipe(tmp_path, str(tiny_sd_folder), structure=structure)
+    found = resolve.load_rewards(r, load_components(tiny_sd_folder))
+    images_ = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
+    loss = found["structure"](images_, np.array([1, 0]))
+    (gradient,) = torch.autograd.grad(loss, images_)
+    # number 1 has the instance, and stands first in this batch
+    assert gradient[0].abs().max() > 0 and gradient[1].abs().max() == 0 and found["rewards"] == {}
+
+
+def test_what_cannot_be_had_is_said(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    components = load_components(tiny_sd_folder)
+    term = {"kind": "aesthetic", "threshold": 6.0}
+    for r, message in [
+        (recipe(tmp_path, str(tiny_sd_folder), rewards=[term]), "reward aesthetic needs path"),
+        (recipe(rewards=[{"kind": "judge_alignment", "threshold": 1.0}]), "judges and is never optimised"),
+        (recipe(structure={"kind": "solo", "path": "x"}), "needs path, annotations"),
+        (recipe(tmp_path, structure={"kind": "scenes"}), 'belongs to data.kind = "scenes"'),
+    ]:
+        with pytest.raises(HypersdError, match=message) as caught:
+            resolve.load_rewards(r, components)
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_merge_by_the_command_line(tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Strengths, exactness, rank and format; how to sample comes from the first file."""
+    backbone = Backbone(load_components(tiny_sd_folder).unet, LoraSpec(3, 6.0), roles=("a", "b"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for role in ("a", "b"):
+            for p in backbone.role_parameters(role).values():
+                p.normal_(0, 0.1, generator=generator)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_lora(one, backbone, "a", {"solver": "tcd", "prediction_type": "epsilon"})
+    save_lora(two, backbone, "b", {"solver": "ddim"}, format="kohya")
+    out = tmp_path / "out.safetensors"
+    common = ["merge", str(one), str(two), "--out", str(out), "--model", str(tiny_sd_folder)]
+    assert cli.run([*common, "--weights", "1,-0.5"]) == 0
+    state, metadata = load_lora(out)
+    assert metadata["solver"] == "tcd" and json.loads(metadata["merged"]) == [[one.name, 1.0], [two.name, -0.5]]
+    backbone.load_lora_state_dict(state, "merged")
+
+    def update(role: str, path: str) -> torch.Tensor:
+        layer = backbone.lora_layers(role)[path]
+        return layer.scale * layer.b.double().flatten(1) @ layer.a.double().flatten(1)
+
+    for path in list(backbone.role_slots("a"))[:4]:
+        wanted = update("a", path) - 0.5 * update("b", path)
+        torch.testing.assert_close(update("merged", path), wanted, rtol=1e-5, atol=1e-7)
+    capsys.readouterr()
+    assert cli.run([*common, "--rank", "4", "--format", "kohya"]) == 0
+    said = capsys.readouterr().out
+    assert "% of the update's energy dropped" in said and 0 < float(said.split(", ")[1].split(" %")[0]) < 50
+    state, metadata = load_lora(out)
+    assert metadata["rank"] == "4" and all("lora_unet_" in key for key in state)
+    assert cli.run([*common, "--weights", "1,x"]) == 2 and "is not a list of numbers" in capsys.readouterr().err
+    assert cli.run([*common, "--weights", "1"]) == 2 and "1 weights for 2 LoRAs" in capsys.readouterr().err
