@@ -8,8 +8,6 @@ test_interpreter.py, as interpreted.py is.
 from __future__ import annotations
 
 import inspect
-import math
-import mmap
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from triton.runtime import interpreter
 from hypersd.kernels import _tune, use
 from hypersd.kernels._op import OPS
 from tests.kernels import checks
+from tests.kernels.guards import sparse
 
 assert _tune.interpreted(), "start with TRITON_INTERPRET=1"
 
@@ -45,14 +44,6 @@ BIG: list[tuple[str, str, dict[int, int], bool]] = [
     ("lora_linear_routed", "odd", {7: 26_281, 11: 16_401}, True),
     ("score_gradient", "odd", {11: 20_460_001}, False),
 ]
-
-
-def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take no memory until they are written."""
-    count = math.prod(shape)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=flags)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape) if count else torch.zeros(shape, dtype=dtype)
 
 
 def enlarged(t: Tensor, sizes: dict[int, int]) -> Tensor:
