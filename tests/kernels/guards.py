@@ -30,9 +30,8 @@ def sparse(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=flags)
-    return (
-        torch.frombuffer(memory, dtype=dtype, count=count).view(*shape) if count else torch.zeros(*shape, dtype=dtype)
-    )
+    zeros = torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.zeros(0, dtype=dtype)
+    return zeros.view(tuple(shape))
 
 
 def touched(bands: list[Tensor]) -> int:
