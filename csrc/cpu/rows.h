@@ -83,6 +83,7 @@ struct View {
 };
 
 inline Tensor empty_strided(const View& like, const int64_t* stride, Type type) {
+  STD_TORCH_CHECK(type != Type::other, "expected a floating-point tensor");
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(

@@ -1,8 +1,9 @@
-"""Memory with guard bands around every tensor, so that a kernel which leaves its tensor is seen."""
+"""Memory for tests: between guard bands, which show a kernel that leaves its tensor; and larger than the machine."""
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,15 @@ def place(shape: Sequence[int], dtype: torch.dtype, bands: list[Tensor], value: 
     memory = torch.full((count + 2 * BAND,), value, dtype=dtype)
     bands.append(memory)
     return memory[BAND : BAND + count].view(tuple(shape))
+
+
+def sparse(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written."""
+    count = math.prod(shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=flags)
+    zeros = torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.zeros(0, dtype=dtype)
+    return zeros.view(tuple(shape))
 
 
 def touched(bands: list[Tensor]) -> int:
