@@ -76,7 +76,7 @@ def compare(
     shapes: Shapes = None,
     dtypes: Dtypes = None,
     seconds: Seconds = None,
-    rounds: Annotated[int, typer.Option(min=2, help="processes of each state, in turns")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="processes of each state, in turns")] = 5,
     times: Annotated[bool, typer.Option(help="compare times")] = True,
     counters: Annotated[bool, typer.Option(help="compare what the compiled kernels hold and do")] = True,
     json_file: Json = None,

@@ -23,7 +23,7 @@ def kernels(ops: Iterable[str], targets: Sequence[str] = NVIDIA) -> list[Found]:
     """One entry for each kernel that ships, and target: op, kernel, target, counters."""
     if triton_missing():
         return []
-    from bench import offline
+    from . import offline
 
     return [
         {"op": name, "kernel": program.name, "target": target}

@@ -283,6 +283,9 @@ def _summary(metrics: dict[str, Any]) -> None:
 
     table = Table(
         box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,  # 80 columns are enough
         title=f"{metrics['samples']} pictures a row, features: {metrics['features']}",
         title_justify="left",
     )

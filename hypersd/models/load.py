@@ -140,8 +140,7 @@ def _load_part(folder: Path, index: dict[str, Any], name: str, dtype: torch.dtyp
     part = folder / name
     _read_json(part / "config.json")
     variant = _check_weights(part)
-    # diffusers says torch_dtype in all supported versions, transformers says dtype
-    kind = {"torch_dtype": dtype} if index[name][0] == "diffusers" else {"dtype": dtype}
+    kind = {"torch_dtype" if index[name][0] == "diffusers" and OLD_DIFFUSERS else "dtype": dtype}
     with _loading(part):
         model, info = cls.from_pretrained(
             part, variant=variant, local_files_only=True, use_safetensors=True, output_loading_info=True, **kind
