@@ -12,7 +12,6 @@ reached its threshold its gradient is exactly zero.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, PREVIOUS, STUDENT, Context, Draw
+from hypersd.distill.parts import sampling_metadata
 from hypersd.distill.stages import FeedbackStage, StructureTerm
 from hypersd.distill.watch import Watch
 from hypersd.errors import HypersdError
@@ -83,16 +83,9 @@ class Feedback:
     @staticmethod
     def metadata(stage: FeedbackStage, process: NoiseProcess) -> dict[str, str]:
         """How to sample from the improved weights: as they were sampled when the rewards saw them."""
-        grids = {n: trailing(n, process.num_train_timesteps).tolist() for n in sorted(stage.rollout)}
-        return {
-            "method": "feedback",
-            "prediction_type": process.prediction_type,
-            "guidance_scale": "1",
-            "solver": stage.solver,
-            "eta": str(stage.eta if stage.solver == "tcd" else 0.0),
-            "steps": ",".join(map(str, grids)),
-            "timesteps": json.dumps(grids),
-        }
+        grids = {n: trailing(n, process.num_train_timesteps) for n in sorted(stage.rollout)}
+        eta = stage.eta if stage.solver == "tcd" else 0.0
+        return sampling_metadata("feedback", process, stage.solver, grids, eta=eta)
 
     def _structure_loss(self, term: StructureTerm, steps: int, batch: Batch, draw: Draw) -> Tensor:
         """Of the batch's own pictures, diffused to the first step below start T and sampled on from there."""

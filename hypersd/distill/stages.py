@@ -23,13 +23,14 @@ class Section(BaseModel):
 class BaseStage(Section):
     """What every method has."""
 
+    method: str
     iterations: Positive
     learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: train's
 
     @property
     def name(self) -> str:
         """For the log and the progress bar."""
-        raise NotImplementedError
+        return self.method
 
     @property
     def steps(self) -> int:
@@ -190,10 +191,6 @@ class TCDStage(ConsistencyStage):
     eta: Probability = 0.3  # of the sampler
 
     @property
-    def name(self) -> str:
-        return self.method
-
-    @property
     def steps(self) -> int:
         return self.segments
 
@@ -204,10 +201,6 @@ class LCMStage(ConsistencyStage):
     method: Literal["lcm"]
     guidance_scale: Range = (4.0, 16.0)
     target: Literal["ema", "online"] = "online"
-
-    @property
-    def name(self) -> str:
-        return self.method
 
     @property
     def steps(self) -> int:
@@ -261,10 +254,6 @@ class TDDStage(ConsistencyStage):
         if not low <= high <= self.grid:
             raise ValueError(f"sampling_steps {[low, high]} is not a range within 1 to grid ({self.grid})")
         return self
-
-    @property
-    def name(self) -> str:
-        return self.method
 
     @property
     def steps(self) -> int:
@@ -327,10 +316,6 @@ class DMDStage(GuidedStage):
         if self.t_range[0] > self.t_range[1]:
             raise ValueError(f"t_range {list(self.t_range)} is not a range; the smaller value comes first")
         return self
-
-    @property
-    def name(self) -> str:
-        return self.method
 
     @property
     def steps(self) -> int:
@@ -421,10 +406,6 @@ class FeedbackStage(BaseStage):
         if self.solver == "ddim" and self.eta > 0 and "eta" in self.model_fields_set:
             raise ValueError('eta belongs to solver = "tcd"; leave it out')
         return self
-
-    @property
-    def name(self) -> str:
-        return self.method
 
     @property
     def steps(self) -> int:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
 from hypersd.errors import HypersdError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# from 0.40 on diffusers says dtype, as transformers does, and warns of the old name
+_OLD_DIFFUSERS = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 40)
 
 
 @dataclass
@@ -140,7 +143,7 @@ def _load_part(folder: Path, index: dict[str, Any], name: str, dtype: torch.dtyp
     part = folder / name
     _read_json(part / "config.json")
     variant = _check_weights(part)
-    kind = {"torch_dtype" if index[name][0] == "diffusers" and OLD_DIFFUSERS else "dtype": dtype}
+    kind = {"torch_dtype" if index[name][0] == "diffusers" and _OLD_DIFFUSERS else "dtype": dtype}
     with _loading(part):
         model, info = cls.from_pretrained(
             part, variant=variant, local_files_only=True, use_safetensors=True, output_loading_info=True, **kind

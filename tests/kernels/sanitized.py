@@ -72,7 +72,8 @@ def main(options: list[str]) -> int:
             return 1
     for selection in TESTS:
         files = [str(ROOT / "tests/kernels" / name) for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *files, "-k", selection, *options]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+        command = [*pytest, *files, "-k", selection, *options]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if code:
             return code

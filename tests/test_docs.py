@@ -1,0 +1,82 @@
+"""The pages in docs/ say what the rows say, name what exists, and the worked example runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypersd.kernels import explain
+from hypersd.kernels._op import OPS
+from tests.kernels import checks
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+ROWS = ROOT / "bench/results/epyc-2-threads"
+FACTS = re.findall(
+    r"^\| `(\w+)` \| ([\w()]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.–]+) \| ([\d.–]+) \|$",
+    (ROOT / "docs/measured_facts.md").read_text("utf-8"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: f"{fact[0]}-{fact[1]}")
+def test_figures_of_the_operators_are_those_of_the_rows(fact):
+    op, peer, *figures = fact
+    rows = [json.loads(line) for line in (ROWS / f"{op}.jsonl").read_text("utf-8").splitlines()]
+    found = []
+    for mode in ("fwd", "full"):
+        ratios = [r["over_ours"] for r in rows if r["provider"] == peer and r["mode"] == mode and r["over_ours"]]
+        found += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}"] if ratios else ["–", "–"]
+    assert found == figures
+
+
+def test_every_measured_operator_has_its_line():
+    measured = {path.stem for path in ROWS.glob("*.jsonl")} & set(OPS)
+    assert measured == {fact[0] for fact in FACTS} and len(FACTS) >= 14
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_files_and_commands_that_a_page_names_exist(page):
+    text = page.read_text("utf-8")
+    example = set(re.findall(r"\bgated_residual\b", text)) and {"hypersd/kernels/gated_residual.py"}
+    for name in set(re.findall(r"`((?:hypersd|bench|tests|csrc|docs)/[\w./*-]+)`", text)) - (example or set()):
+        assert any(ROOT.glob(name)), name
+    for name in re.findall(r"\]\((\w[\w./-]*\.md)\)", text):
+        assert (page.parent / name).is_file(), name
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module) is not None, module
+    commands = set(re.findall(r"hypersd (\w+)", text)) & {"bench", "demo", "distill", "evaluate", "sample", "merge"}
+    cli = (ROOT / "hypersd/cli.py").read_text("utf-8")
+    assert all(f"def {command}(" in cli or f'name="{command}"' in cli for command in commands)
+
+
+def test_the_worked_example_is_an_operator(tmp_path, monkeypatch):
+    """The page's code, as it stands: within the error rule in every dtype, forward and backward, and explained."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_an_op.md").read_text("utf-8"), re.DOTALL)
+    path = tmp_path / "gated_residual.py"
+    path.write_text(code, "utf-8")
+    spec = importlib.util.spec_from_file_location("gated_residual", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gated_residual", module)
+    spec.loader.exec_module(module)
+    op = OPS.pop("gated_residual")  # no operator of ours
+    for case in op.cases[1:]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert checks.check(op, case.inputs(dtype)) == []
+    inputs = op.cases[1].inputs()
+    assert torch.equal(module.gated_residual(**inputs), inputs["x"] + inputs["gate"][:, None] * inputs["y"])
+    with pytest.raises(ValueError, match="gate: got shape"):
+        module.gated_residual(inputs["x"], inputs["y"], inputs["gate"][:1])
+    OPS["gated_residual"] = op
+    try:
+        assert explain(module.gated_residual, **inputs).cost.bytes == 3 * 3 * 7 * 13 * 4
+    finally:
+        del OPS["gated_residual"]
