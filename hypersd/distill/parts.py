@@ -159,13 +159,12 @@ def sampling_metadata(
     guidance: float = 1.0,
 ) -> dict[str, str]:
     """The metadata of a LoRA file (see hypersd.models.export); `grids`: number of steps -> timesteps, descending."""
-    lists = {str(n): np.asarray(grid).tolist() for n, grid in grids.items()}
     found = {
         "method": method,
         "prediction_type": process.prediction_type,
         "solver": solver,
         "steps": ",".join(map(str, grids)),
-        "timesteps": json.dumps(lists if len(lists) > 1 else next(iter(lists.values()))),
+        "timesteps": json.dumps({str(n): np.asarray(grid).tolist() for n, grid in grids.items()}),
         "guidance_scale": f"{guidance:g}",
     }
     return found if eta is None else found | {"eta": f"{eta:g}"}

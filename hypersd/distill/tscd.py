@@ -8,6 +8,7 @@ student's jump x_t -> t_end must agree with the target network's jump x_t' -> t_
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from hypersd.distill.adversarial import Adversary
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, PREVIOUS, Auxiliary, Context, Draw
-from hypersd.distill.parts import Consistency, sampling_metadata
+from hypersd.distill.parts import Consistency
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.stages import TCDStage, TSCDStage
 from hypersd.models.noise_process import NoiseProcess
@@ -84,8 +85,10 @@ class TSCD(Consistency):
     def metadata(stage: TSCDStage, process: NoiseProcess) -> dict[str, str]:
         """How to sample from the stage's weights: k segments are made for k trailing DDIM steps; the last stage's,
         which jump from anywhere to anywhere, for 1 to 8 TCD steps."""
+        common = {"method": "tscd", "prediction_type": process.prediction_type, "guidance_scale": "1"}
         trained = process.num_train_timesteps
         if stage.segments == 1:
-            return sampling_metadata("tscd", process, "tcd", {n: trailing(n, trained) for n in (1, 2, 4, 8)}, eta=0.3)
-        grids = {stage.segments: trailing(stage.segments, trained)}
-        return sampling_metadata("tscd", process, "ddim", grids, eta=0.0)
+            grids = {n: trailing(n, trained).tolist() for n in (1, 2, 4, 8)}
+            return common | {"solver": "tcd", "steps": "1,2,4,8", "timesteps": json.dumps(grids), "eta": "0.3"}
+        grid = json.dumps(trailing(stage.segments, trained).tolist())
+        return common | {"solver": "ddim", "steps": str(stage.segments), "timesteps": grid, "eta": "0"}

@@ -159,7 +159,7 @@ def test_metadata_and_wrong_stages() -> None:
     said = Feedback.metadata(stage(rollout=[4, 1]), process)
     assert said["steps"] == "1,4" and said["solver"] == "tcd" and said["eta"] == "0.3"
     assert json.loads(said["timesteps"]) == {"1": [999], "4": [999, 749, 499, 249]}
-    assert Feedback.metadata(stage(solver="ddim"), process)["eta"] == "0.0"
+    assert Feedback.metadata(stage(solver="ddim"), process)["eta"] == "0"
     net = Levels(student=0.0, previous=0.0)
     with pytest.raises(HypersdError, match="the stage wants brightness, but no such reward"):
         Feedback(stage(), Context(net, process, {}, None, lambda z: z))
