@@ -15,7 +15,7 @@ from hypersd import compare
 from hypersd.compare import STEPS, TEACHER_STEPS, VARIETY
 from hypersd.console import Progress
 from hypersd.distill.recipe import Recipe, load_recipe
-from hypersd.distill.stages import GuidedStage
+from hypersd.distill.stage import GuidedStage
 from hypersd.distill.trainer import Trainer
 from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from hypersd.distill.competitor_stages import LCMStage
 from hypersd.distill.method import Context
 from hypersd.distill.parts import Consistency, sampling_metadata
 from hypersd.distill.segments import SegmentGrid
-from hypersd.distill.stages import LCMStage
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.solvers import lcm_denoised
 from hypersd.sampling.timesteps import lcm_grid

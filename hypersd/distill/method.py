@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
-from hypersd.distill.stages import BaseStage
+from hypersd.distill.stage import BaseStage
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import Reward
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, EMA, STUDENT, Context, Draw
-from hypersd.distill.stages import ConsistencyStage
+from hypersd.distill.stage import ConsistencyStage
 from hypersd.kernels import affine_step, consistency_loss
 from hypersd.models.noise_process import NoiseProcess
 

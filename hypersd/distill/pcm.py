@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from hypersd.distill.competitor_stages import PCMStage
 from hypersd.distill.method import Context
 from hypersd.distill.parts import Consistency, sampling_metadata
 from hypersd.distill.segments import SegmentGrid
-from hypersd.distill.stages import PCMStage
 from hypersd.models.noise_process import NoiseProcess
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypersd.distill.competitor_stages import PeRFlowStage
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, STUDENT, Context, Draw
 from hypersd.distill.parts import guided_coef, network_time, on_device, sampling_metadata, teacher_step
-from hypersd.distill.stages import PeRFlowStage
 from hypersd.kernels import affine_step, consistency_loss
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.solvers import chord, direction, perflow_windows

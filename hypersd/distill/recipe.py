@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hypersd.distill.stages import STAGES, Beta, Positive, Probability, Section, Stage
+from hypersd.distill.stage import Beta, Positive, Probability, Section
+from hypersd.distill.stages import STAGES, Stage
 from hypersd.errors import HypersdError
 
 if sys.version_info >= (3, 11):
@@ -94,7 +95,8 @@ class Recipe(Section):
     def _stages_follow(self) -> Recipe:
         for i, stage in enumerate(self.stages):
             if i == 0 and stage.improves and self.train.init is None:
-                raise ValueError(f"stages.0: {stage.method} improves weights: set train.init, or put a stage before it")
+                ways = ["set train.init", "put a stage before it", *([f"say {stage.alone}"] if stage.alone else [])]
+                raise ValueError(f"stages.0: {stage.method} improves weights: {', '.join(ways[:-1])}, or {ways[-1]}")
             if stage.is_separate and i < len(self.stages) - 1:
                 raise ValueError(
                     f'stages.{i}: a separate LoRA ends the recipe; put it last or set adapter = "continue"'

@@ -1,118 +1,25 @@
-"""The stages of a recipe: one class per method, every option typed and bounded.
+"""The stages of a recipe: one class per method, every option typed and bounded; those of Hyper-SD itself, and the list.
 
-A new method adds its class here and one file, with its loss, beside tscd.py.
+A new method adds its class here or in competitor_stages.py and one file, with its loss, beside tscd.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Range = Annotated[tuple[float, float], Field(strict=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class BaseStage(Section):
-    """What every method has."""
-
-    method: str
-    iterations: Positive
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: train's
-
-    @property
-    def name(self) -> str:
-        """For the log and the progress bar."""
-        return self.method
-
-    @property
-    def steps(self) -> int:
-        """The number of sampling steps that the stage's weights are made for."""
-        raise NotImplementedError
-
-    @property
-    def file(self) -> str:
-        """Name of the LoRA file that the stage ends with."""
-        return f"lora-{self.steps}step"
-
-    @property
-    def needs_previous(self) -> bool:
-        """Whether the weights that the stage before ended with are kept as role "previous"."""
-        return False
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Further adapters that the stage needs. Each begins as a copy of the student's, and goes when it ends."""
-        return ()
-
-    @property
-    def is_separate(self) -> bool:
-        """Whether the stage trains a new adapter on top of those weights, instead of going on with them."""
-        return False
-
-    @property
-    def drops_captions(self) -> bool:
-        """Whether data.caption_dropout applies."""
-        return True
-
-    @property
-    def improves(self) -> bool:
-        """Whether the stage cannot begin with nothing: it wants a stage before it, or train.init."""
-        return False
-
-    @property
-    def network_evaluations(self) -> float:
-        """What one sample costs in one optimizer step, at most: a forward pass is 1, a backward pass 2."""
-        raise NotImplementedError
-
-    def follow(self, before: BaseStage) -> None:
-        """Raises ValueError where this stage cannot be taught by what `before` trains; asked if it needs_previous."""
-
-
-class GuidedStage(BaseStage):
-    """`guidance_scale`: range that the teacher's g is drawn from, per sample, in the convention of diffusers,
-    u + g (c - u); the consistency-model papers' w is g - 1. [1, 1] is no guidance and half the teacher's passes."""
-
-    guidance_scale: Range = (7.0, 9.0)
-
-    @model_validator(mode="after")
-    def _range(self) -> GuidedStage:
-        if self.guidance_scale[0] > self.guidance_scale[1]:
-            raise ValueError(
-                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
-            )
-        return self
-
-    @property
-    def teacher_passes(self) -> int:
-        """Network evaluations of one solver step of the teacher."""
-        return 1 if self.guidance_scale == (1.0, 1.0) else 2
-
-
-class ConsistencyStage(GuidedStage):
-    """What the consistency methods have in common (hypersd.distill.parts).
-
-    `grid`: the number of timesteps that a start is drawn from. `target`: the network at the other end of the loss, the
-    EMA weights or the student's own.
-    """
-
-    grid: Positive = 50
-    loss: Literal["mse", "huber", "pseudo_huber", "l1"] = "pseudo_huber"
-    c: Annotated[float, Field(gt=0)] = 1e-3
-    target: Literal["ema", "online"] = "ema"
-    offset_noise: Annotated[float, Field(ge=0)] = 0.0
-    pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
-
-    @property
-    def network_evaluations(self) -> float:
-        return self.teacher_passes + 1 + 3
+from hypersd.distill.competitor_stages import LCMStage, PCMStage, PeRFlowStage, TDDStage
+from hypersd.distill.stage import (
+    BaseStage,
+    ConsistencyStage,
+    GuidedStage,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Section,
+)
 
 
 class TSCDStage(ConsistencyStage):
@@ -195,96 +102,6 @@ class TCDStage(ConsistencyStage):
         return self.segments
 
 
-class LCMStage(ConsistencyStage):
-    """Latent consistency distillation (hypersd.distill.lcm)."""
-
-    method: Literal["lcm"]
-    guidance_scale: Range = (4.0, 16.0)
-    target: Literal["ema", "online"] = "online"
-
-    @property
-    def steps(self) -> int:
-        return 4
-
-
-class PCMStage(ConsistencyStage):
-    """Phased consistency model with `phases` phases (hypersd.distill.pcm)."""
-
-    method: Literal["pcm"]
-    phases: Positive
-    guidance_scale: Range = (5.0, 6.0)
-    target: Literal["ema", "online"] = "online"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PCMStage:
-        if self.grid < self.phases:
-            raise ValueError(f"grid = {self.grid} has fewer points than there are phases ({self.phases})")
-        return self
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.phases}"
-
-    @property
-    def steps(self) -> int:
-        return self.phases
-
-
-class TDDStage(ConsistencyStage):
-    """Target-driven distillation (hypersd.distill.tdd).
-
-    `sampling_steps`: the fewest and the most steps that sampling will take; their grids are the targets. `reach`: how
-    far below the nearest target another may lie, in timesteps. `target_noise`: a target t is moved down to as little as
-    (1 - target_noise) t. `sampling_guidance`: g of the sampler, above 1 only useful with data.caption_dropout.
-    """
-
-    method: Literal["tdd"]
-    grid: Positive = 250
-    guidance_scale: Range = (4.5, 4.5)
-    target: Literal["ema", "online"] = "online"
-    sampling_steps: Annotated[tuple[Positive, Positive], Field(strict=False)] = (4, 8)
-    reach: Positive = 260
-    target_noise: Probability = 0.3
-    eta: Probability = 0.2  # of the sampler
-    sampling_guidance: Annotated[float, Field(ge=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TDDStage:
-        low, high = self.sampling_steps
-        if not low <= high <= self.grid:
-            raise ValueError(f"sampling_steps {[low, high]} is not a range within 1 to grid ({self.grid})")
-        return self
-
-    @property
-    def steps(self) -> int:
-        return self.sampling_steps[1]
-
-
-class PeRFlowStage(GuidedStage):
-    """Piecewise rectified flow over `windows` windows (hypersd.distill.perflow).
-
-    `solver_steps`: DDIM steps of the teacher through one window. `sampling_guidance`: g of the sampler, for a teacher
-    without guidance ([1, 1]).
-    """
-
-    method: Literal["perflow"]
-    windows: Positive = 4
-    solver_steps: Positive = 8
-    sampling_guidance: Annotated[float, Field(ge=1)] = 1.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.windows}"
-
-    @property
-    def steps(self) -> int:
-        return self.windows
-
-    @property
-    def network_evaluations(self) -> float:
-        return self.solver_steps * self.teacher_passes + 3
-
-
 class DMDStage(GuidedStage):
     """Distribution matching on the student's one-step samples (hypersd.distill.dmd).
 
@@ -328,6 +145,14 @@ class DMDStage(GuidedStage):
     @property
     def roles(self) -> tuple[str, ...]:
         return ("fake", "start")
+
+    @property
+    def improves(self) -> bool:
+        return self.real_score == "tscd"
+
+    @property
+    def alone(self) -> str:
+        return 'real_score = "base"'
 
     @property
     def network_evaluations(self) -> float:

@@ -106,4 +106,10 @@ def test_a_dmd_stage() -> None:
     with pytest.raises(HypersdError, match=r"stages\.0: t_range \[0\.9, 0\.1\] is not a range"):
         parse_recipe({"stages": [{"method": "dmd", "iterations": 1, "t_range": [0.9, 0.1]}]})
     alone = parse_recipe({"stages": [{"method": "dmd", "iterations": 1, "real_score": "base"}]})
+    with pytest.raises(HypersdError) as caught:
+        parse_recipe({"stages": [{"method": "dmd", "iterations": 1}]})
+    assert str(caught.value) == (
+        'recipe: stages.0: dmd improves weights: set train.init, put a stage before it, or say real_score = "base"'
+    )
+    parse_recipe({"train": {"init": "lora.safetensors"}, "stages": [{"method": "dmd", "iterations": 1}]})
     assert alone.stages[0].file == "lora-dmd" and alone.stages[0].roles == ("fake", "start")

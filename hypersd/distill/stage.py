@@ -1,0 +1,117 @@
+"""What the stages of every method have: typed and bounded options, and what the trainer asks of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BaseStage(Section):
+    """What every method has."""
+
+    method: str
+    iterations: Positive
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: train's
+
+    @property
+    def name(self) -> str:
+        """For the log and the progress bar."""
+        return self.method
+
+    @property
+    def steps(self) -> int:
+        """The number of sampling steps that the stage's weights are made for."""
+        raise NotImplementedError
+
+    @property
+    def file(self) -> str:
+        """Name of the LoRA file that the stage ends with."""
+        return f"lora-{self.steps}step"
+
+    @property
+    def needs_previous(self) -> bool:
+        """Whether the weights that the stage before ended with are kept as role "previous"."""
+        return False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Further adapters that the stage needs. Each begins as a copy of the student's, and goes when it ends."""
+        return ()
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether the stage trains a new adapter on top of those weights, instead of going on with them."""
+        return False
+
+    @property
+    def drops_captions(self) -> bool:
+        """Whether data.caption_dropout applies."""
+        return True
+
+    @property
+    def improves(self) -> bool:
+        """Whether the stage cannot begin with nothing: it wants a stage before it, or train.init."""
+        return False
+
+    @property
+    def alone(self) -> str:
+        """The option that lets such a stage begin with nothing, where there is one."""
+        return ""
+
+    @property
+    def network_evaluations(self) -> float:
+        """What one sample costs in one optimizer step, at most: a forward pass is 1, a backward pass 2."""
+        raise NotImplementedError
+
+    def follow(self, before: BaseStage) -> None:
+        """Raises ValueError where this stage cannot be taught by what `before` trains; asked if it needs_previous."""
+
+
+class GuidedStage(BaseStage):
+    """`guidance_scale`: range that the teacher's g is drawn from, per sample, in the convention of diffusers,
+    u + g (c - u); the consistency-model papers' w is g - 1. [1, 1] is no guidance and half the teacher's passes."""
+
+    guidance_scale: Range = (7.0, 9.0)
+
+    @model_validator(mode="after")
+    def _range(self) -> GuidedStage:
+        if self.guidance_scale[0] > self.guidance_scale[1]:
+            raise ValueError(
+                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
+            )
+        return self
+
+    @property
+    def teacher_passes(self) -> int:
+        """Network evaluations of one solver step of the teacher."""
+        return 1 if self.guidance_scale == (1.0, 1.0) else 2
+
+
+class ConsistencyStage(GuidedStage):
+    """What the consistency methods have in common (hypersd.distill.parts).
+
+    `grid`: the number of timesteps that a start is drawn from. `target`: the network at the other end of the loss, the
+    EMA weights or the student's own.
+    """
+
+    grid: Positive = 50
+    loss: Literal["mse", "huber", "pseudo_huber", "l1"] = "pseudo_huber"
+    c: Annotated[float, Field(gt=0)] = 1e-3
+    target: Literal["ema", "online"] = "ema"
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
+
+    @property
+    def network_evaluations(self) -> float:
+        return self.teacher_passes + 1 + 3
