@@ -12,6 +12,8 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 
+ENCODER = 1 / 3  # of a network evaluation: 26 % of the work and 34 % of the time of the embedded UNet
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -71,7 +73,8 @@ class BaseStage(Section):
 
     @property
     def network_evaluations(self) -> float:
-        """What one sample costs in one optimizer step, at most: a forward pass is 1, a backward pass 2."""
+        """What one sample costs in one optimizer step, at most, and on average where draws or the stage's progress
+        decide: a forward pass is 1, a backward pass 2. A UNet's encoder and middle block are ENCODER of it."""
         raise NotImplementedError
 
     def follow(self, before: BaseStage) -> None:
@@ -115,3 +118,9 @@ class ConsistencyStage(GuidedStage):
     @property
     def network_evaluations(self) -> float:
         return self.teacher_passes + 1 + 3
+
+
+def paired_critic_evaluations(unpaired: float) -> float:
+    """What an encoder critic costs a sample, on average over a stage whose last part `unpaired` shows it no starts: the
+    student's end with a gradient and the start without; in the critic's step both ends and the start, with one."""
+    return ENCODER * ((3 + 2 * 3) + (1.0 - unpaired) * (1 + 3))

@@ -5,12 +5,14 @@ A new method adds its class here or in competitor_stages.py and one file, with i
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from hypersd.distill.competitor_stages import LCMStage, PCMStage, PeRFlowStage, TDDStage
 from hypersd.distill.stage import (
+    ENCODER,
     BaseStage,
     ConsistencyStage,
     GuidedStage,
@@ -19,6 +21,7 @@ from hypersd.distill.stage import (
     Probability,
     Range,
     Section,
+    paired_critic_evaluations,
 )
 
 
@@ -32,12 +35,22 @@ class TSCDStage(ConsistencyStage):
     `weighting`: "inv_b2" measures the distance in units of the network's eps error (it divides by the jump's own factor
     B), so that high noise levels do not drown the others.
     `adversarial_weight`: of a critic's opinion of the student's ends (hypersd.distill.adversarial), 0 for none;
-    `consistency_weight`: of the distance beside it. `critic_learning_rate` None: the student's.
+    `consistency_weight`: of the distance beside it. `staged_weights` takes both from STAGED, by the number of segments.
+    `adaptive` multiplies the critic's opinion by the ratio of the two gradients (CTM), within [0.01, 10].
+    `critic`: "features", heads on the frozen network; "encoder", a trained copy of its encoder that sees the start as
+    well, but not in the last part `unconditional` of the stage (None: 0.25 with 1 or 2 segments, else 0).
+    `critic_learning_rate` None: the student's.
     """
+
+    STAGED: ClassVar[dict[int, tuple[float, float]]] = {8: (1.0, 0.0), 4: (1.0, 0.1), 2: (0.5, 0.2), 1: (0.25, 0.3)}
 
     method: Literal["tscd"]
     consistency_weight: NonNegative = 1.0
     adversarial_weight: NonNegative = 0.0
+    staged_weights: bool = False
+    adaptive: bool = False
+    critic: Literal["features", "encoder"] = "features"
+    unconditional: Probability | None = None
     critic_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-5
     segments: Positive
     grid: Positive = 40
@@ -51,7 +64,24 @@ class TSCDStage(ConsistencyStage):
     def _consistent(self) -> TSCDStage:
         if self.grid < self.segments:
             raise ValueError(f"grid = {self.grid} has fewer points than there are segments ({self.segments})")
+        own = {"consistency_weight", "adversarial_weight"} & self.model_fields_set
+        if self.staged_weights and own:
+            raise ValueError(f"{min(own)} and staged_weights = true exclude each other; leave one out")
         return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the distance and of the critic's opinion."""
+        if not self.staged_weights:
+            return self.consistency_weight, self.adversarial_weight
+        return self.STAGED[min(self.STAGED, key=lambda k: abs(math.log(k / self.segments)))]
+
+    @property
+    def unpaired(self) -> float:
+        """The last part of the stage, in which an encoder critic sees the ends alone."""
+        if self.unconditional is not None:
+            return self.unconditional
+        return 0.25 if self.segments <= 2 else 0.0
 
     @property
     def name(self) -> str:
@@ -71,8 +101,16 @@ class TSCDStage(ConsistencyStage):
 
     @property
     def network_evaluations(self) -> float:
-        # the critic: the student's end with a gradient; then jumps of its own and two ends
-        return super().network_evaluations + (0 if self.adversarial_weight == 0 else 3 + self.teacher_passes + 4)
+        if self.weights[1] == 0:
+            return super().network_evaluations
+        jumps = self.teacher_passes + 2  # of the critic's own step
+        if self.critic == "encoder":
+            look = paired_critic_evaluations(self.unpaired)
+        else:
+            look = 3 + 2  # at the student's end with a gradient; at two ends without
+        if self.adaptive:  # its gradient once more
+            look += 2 * (ENCODER if self.critic == "encoder" else 1)
+        return super().network_evaluations + jumps + look
 
     def follow(self, before: BaseStage) -> None:
         if not isinstance(before, TSCDStage | TCDStage):

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypersd.distill.adversarial import Adversary
+from hypersd.distill.adversarial import Adversary, EncoderAdversary, Ends, FeatureAdversary, adaptive_weight
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, PREVIOUS, Auxiliary, Context, Draw
-from hypersd.distill.parts import Consistency
+from hypersd.distill.parts import Consistency, Jumps, on_device
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.stages import TCDStage, TSCDStage
+from hypersd.kernels import affine_step
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.solvers import chord
 from hypersd.sampling.timesteps import trailing
@@ -45,8 +46,12 @@ class TSCD(Consistency):
         self.guided = self.guided and before is None
         self.adversary: Adversary | None = None
         self.measures: dict[str, Tensor] = {}
-        if isinstance(stage, TSCDStage) and stage.adversarial_weight > 0:
-            self.adversary = Adversary(stage, context)
+        if isinstance(stage, TSCDStage) and stage.weights[1] > 0:
+            rate = stage.critic_learning_rate
+            if stage.critic == "encoder":
+                self.adversary = EncoderAdversary(context, stage.name, rate, stage.unpaired)
+            else:
+                self.adversary = FeatureAdversary(context, stage.name, rate)
             self.measures = self.adversary.measures
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -55,8 +60,12 @@ class TSCD(Consistency):
         loss = self.distance(jumps)
         if self.adversary is None or not isinstance(self.stage, TSCDStage):
             return loss
-        opinion = self.adversary.generator_loss(jumps, batch.cond, draw)
-        return self.stage.consistency_weight * loss + self.stage.adversarial_weight * opinion
+        opinion = self.adversary.generator_loss(self._ends(jumps), batch.cond, draw)
+        weight, adversarial = self.stage.weights
+        if self.stage.adaptive:
+            self.measures["adaptive_weight"] = factor = adaptive_weight(loss, opinion, jumps.m)
+            opinion = factor * opinion
+        return weight * loss + adversarial * opinion
 
     def auxiliaries(self) -> Sequence[Auxiliary]:
         return () if self.adversary is None else [self.adversary.auxiliary(self._critic_loss)]
@@ -69,7 +78,19 @@ class TSCD(Consistency):
         assert self.adversary is not None
         with torch.no_grad():
             jumps = self.jumps(batch, draw)
-        return self.adversary.critic_loss(jumps, batch.cond, draw)
+            ends = self._ends(jumps, with_real=True)
+        return self.adversary.critic_loss(ends, batch.cond, draw)
+
+    def _ends(self, jumps: Jumps, with_real: bool = False) -> Ends:
+        """Where the two jumps land, whatever the distance is measured in."""
+        fake, real = self.process.jump(jumps.t, jumps.t_end), self.process.jump(jumps.t_prev, jumps.t_end)
+        return Ends(
+            jumps.x_t,
+            jumps.t,
+            jumps.t_end,
+            affine_step(jumps.x_t, jumps.m, on_device(fake, jumps.x_t)),
+            affine_step(jumps.x_prev, jumps.m_target, on_device(real, jumps.x_t)) if with_real else None,
+        )
 
     def points(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.grid.sample(rng, size, self.stage.t_end, self.stage.t_end_mix)

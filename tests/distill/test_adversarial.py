@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from hypersd.distill import adversarial as adversary
+from hypersd.distill.adversarial import adaptive_weight
 from hypersd.distill.data import Batch
 from hypersd.distill.method import Context, Draw
+from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.stages import TSCDStage
 from hypersd.distill.tscd import TSCD
+from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.noise_process import NoiseProcess
 from tests.distill import toy
-from tests.distill.test_trainer import losses, recipe, trainer
+from tests.distill.test_competitors import KEY, SIZE, Linear, Scene, built
+from tests.distill.test_trainer import Stop, assert_same, losses, recipe, stop_at, trainer
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 
@@ -64,3 +70,113 @@ def test_the_critics_opinion_is_a_second_term(tiny_unet: Any) -> None:
     warned = [method.after_step(step, {"critic_accuracy": 0.99}) for step in range(120)]
     assert [step for step, warning in enumerate(warned) if warning] == [99]
     assert "stage tscd-2, step 99" in warned[99] and "lower the stage's critic_learning_rate" in warned[99]
+
+
+class ToyCritic(torch.nn.Module):
+    """Features are means of the picture; counts what it is asked, an evaluation of an encoder being 1."""
+
+    def __init__(self, net: Linear) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.7, -0.4, 0.2], dtype=torch.float64))
+        self.net, self.evaluations, self.seen = net, 0, []  # type: ignore[var-annotated]
+
+    def features(self, x_t: torch.Tensor, timestep: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.evaluations += len(x_t) * (3 if torch.is_grad_enabled() else 1)
+        self.seen.append(timestep)
+        return torch.stack([x_t.flatten(1).mean(1), timestep / 1000], dim=1)
+
+    def score(self, end: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+        first = 0.0 if start is None else start[:, :1]
+        return self.weight[0] * first + self.weight[1] * end[:, :1] + self.weight[2] * end[:, 1:]
+
+
+def paired(scene: Scene, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[TSCD, Linear, ToyCritic]:
+    monkeypatch.setattr(adversary, "EncoderCritic", ToyCritic)
+    base = {
+        "method": "tscd",
+        "segments": 2,
+        "guidance_scale": [3.0, 3.0],
+        "critic": "encoder",
+        "adversarial_weight": 0.2,
+    }
+    method, net = built(scene, **base | options)
+    return method, net, method.adversary.critic
+
+
+@pytest.mark.parametrize("progress", [0.5, 0.8])
+def test_an_encoder_critic_sees_start_and_end_and_later_the_end_alone(
+    monkeypatch: pytest.MonkeyPatch, progress: float
+) -> None:
+    """The opinion, worked out by hand on a linear network."""
+    scene = Scene("epsilon")
+    method, net, critic = paired(scene, monkeypatch)
+    draw = Draw(KEY, torch.device("cpu"), progress)
+    jumps = method.jumps(Batch(scene.x_0, {"c": scene.c}), Draw(KEY, torch.device("cpu"), progress))
+    method.jumps = lambda batch, draw: jumps  # type: ignore[method-assign]
+    loss = method.loss(Batch(scene.x_0, {"c": scene.c}), draw)
+    x_0, eps = scene.split(jumps.x_t, jumps.m, jumps.t)
+    end = scene.land(x_0, eps, jumps.t_end)
+    start = jumps.x_t.flatten(1).mean(1) if progress < 0.75 else torch.zeros(SIZE)
+    w = critic.weight
+    score = w[0] * start + w[1] * end.flatten(1).mean(1) + w[2] * torch.tensor(jumps.t_end / 1000)
+    expected = method.distance(jumps) + 0.2 * -torch.log(torch.sigmoid(score)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    assert method.stage.unpaired == 0.25
+
+
+@pytest.mark.parametrize(("progress", "unconditional"), [(0.0, 0.0), (0.99, 1.0)])
+def test_what_a_paired_critic_costs(monkeypatch: pytest.MonkeyPatch, progress: float, unconditional: float) -> None:
+    scene = Scene("epsilon")
+    method, net, critic = paired(scene, monkeypatch, unconditional=unconditional)
+    batch, draw = Batch(scene.x_0, {"c": scene.c}), Draw(KEY, torch.device("cpu"), progress)
+    method.loss(batch, draw)
+    (auxiliary,) = method.auxiliaries()
+    assert auxiliary.betas == (0.0, 0.99) and auxiliary.learning_rate == 1e-5
+    auxiliary.loss(batch, draw)
+    declared = method.stage.network_evaluations * SIZE
+    assert 0.9 * declared < net.evaluations + critic.evaluations / 3 <= declared + 1e-6
+    assert 0.0 <= method.measures["critic_accuracy"] <= 1.0
+
+
+def test_stage_weights() -> None:
+    def weights(k: int, **options: Any) -> tuple[float, float]:
+        base = {"method": "tscd", "segments": k, "iterations": 1}
+        return parse_recipe({"stages": [base | options]}).stages[0].weights
+
+    staged = [weights(k, staged_weights=True) for k in (16, 8, 4, 2, 1)]
+    assert staged == [(1.0, 0.0), (1.0, 0.0), (1.0, 0.1), (0.5, 0.2), (0.25, 0.3)]
+    assert weights(1) == (1.0, 0.0) and weights(1, consistency_weight=0.5, adversarial_weight=0.1) == (0.5, 0.1)
+    with pytest.raises(
+        HypersdError, match=r"stages\.0: adversarial_weight and staged_weights = true exclude each other"
+    ):
+        weights(1, staged_weights=True, adversarial_weight=0.1)
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene("v_prediction")
+    plain, net, _ = paired(scene, monkeypatch, loss="mse")
+    adaptive, twin, _ = paired(scene, monkeypatch, loss="mse", adaptive=True, adversarial_weight=1.0)
+    batch = Batch(scene.x_0, {"c": scene.c})
+    values = [method.loss(batch, Draw(KEY, torch.device("cpu"))) for method in (plain, adaptive)]
+    factor = adaptive.measures["adaptive_weight"]
+    m = torch.randn(5, requires_grad=True)
+    assert adaptive_weight(3 * m.sum(), 2 * m.sum(), m).item() == pytest.approx(1.5)
+    assert adaptive_weight(3 * m.sum(), 0 * m.sum(), m).item() == 10.0
+    assert adaptive_weight(0 * m.sum(), m.sum(), m).item() == pytest.approx(0.01)
+    jumps = plain.jumps(batch, Draw(KEY, torch.device("cpu")))
+    distance = plain.distance(jumps)
+    opinion = (values[0] - distance) / 0.2
+    torch.testing.assert_close(values[1], distance + factor * opinion, rtol=1e-9, atol=1e-12)
+    assert not factor.requires_grad and 0.01 <= factor <= 10
+    assert adaptive.stage.network_evaluations == pytest.approx(plain.stage.network_evaluations + 2 / 3)
+
+
+def test_a_run_with_an_encoder_critic_resumes_with_the_same_bits(tiny_unet: Any, tmp_path: Path) -> None:
+    options = {"critic": "encoder", "staged_weights": True, "unconditional": 0.5, "critic_learning_rate": 1e-3}
+    r = recipe(2, iterations=4, train={"checkpoint_every": 2}, **options)
+    nets = [copy.deepcopy(tiny_unet) for _ in range(3)]
+    whole = trainer(nets[0], r, tmp_path / "whole").run()
+    with pytest.raises(Stop):
+        trainer(nets[1], r, tmp_path / "cut", progress=stop_at("tscd-2", 3)).run()
+    assert_same(whole, trainer(nets[2], r, tmp_path / "cut").run(resume=True))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 4

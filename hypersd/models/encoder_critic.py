@@ -1,0 +1,128 @@
+"""Critics that see a noisy latent as the UNet's encoder and middle block see it, and give one score.
+
+EncoderCritic, SDXL-Lightning's (Lin et al. 2024, arXiv 2402.13929): a trainable copy of encoder and middle block looks
+at where a jump started and at where it ended, one after the other, and a small head at both findings. BottleneckCritic,
+DMD2's (arXiv 2405.14867): a head alone, on what one role of the shared network finds.
+
+Both are trained by the log losses: -log s(D(real)) - log(1 - s(D(fake))) for the critic, -log s(D(fake)) for who makes
+the fakes (non-saturating), s the sigmoid.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hypersd.errors import HypersdError
+from hypersd.models.backbone import Backbone
+from hypersd.models.lora import LoraSlot, use_role
+
+HIDDEN = 128
+
+
+class EncoderCritic(nn.Module):
+    """The copy is float32 on the device of `backbone`, without adapters, and starts with its weights; the backbone
+    itself is left alone. Raises HypersdError for a network that is not a UNet."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        network = _unet(backbone)
+        self.network = _trainable_copy(network)
+        self.head = _head(network, 2)
+        self.to(backbone.device)
+
+    def features(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """(B, C, h, w) float32. x_t (B, C, H, W), timestep (B,)."""
+        return bottleneck(self.network, x_t, timestep, cond)
+
+    def score(self, end: Tensor, start: Tensor | None) -> Tensor:
+        """(B, 1) from the features of the jump's end and start; real is above 0. None: of the end alone, D'(x_end)."""
+        return self.head(torch.cat([torch.zeros_like(end) if start is None else start, end], dim=1))
+
+
+class BottleneckCritic(nn.Module):
+    """A head on the middle block of `backbone` with the adapter of `role`; gradients flow into both that want one, and
+    into the latents. Its parameters are the head's alone, float32. Raises HypersdError where there is no UNet."""
+
+    def __init__(self, backbone: Backbone, role: str) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # in a tuple: no submodule
+        self.role = role
+        self.head = _head(_unet(backbone), 1).to(backbone.device)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """(B, 1); real is above 0. x_t (B, C, H, W), timestep (B,)."""
+        with use_role(self.role):
+            return self.head(bottleneck(self._backbone[0].network, x_t, timestep, cond))
+
+
+def bottleneck(network: Any, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """What a UNet's middle block gives, (B, C, h, w) float32; the blocks on the way up do not run."""
+    dtype = network.conv_in.weight.dtype
+    x = x_t.to(dtype)
+    cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+    emb = network.time_embedding(network.get_time_embed(sample=x, timestep=timestep))
+    text = cond["encoder_hidden_states"]
+    added = network.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=cond)
+    emb = emb if added is None else emb + added
+    text = network.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=cond)
+    x = network.conv_in(x)
+    for block in network.down_blocks:
+        words = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        x, _ = block(hidden_states=x, temb=emb, **words)
+    words = {"encoder_hidden_states": text} if getattr(network.mid_block, "has_cross_attention", False) else {}
+    # contiguous: torch's group norm crashes in backward on a channels-last input that needs no gradient
+    return network.mid_block(x, emb, **words).float().contiguous()
+
+
+def log_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the critic minimises, a scalar."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def log_generator_loss(fake: Tensor) -> Tensor:
+    """What the maker of the fakes minimises, a scalar."""
+    return F.softplus(-fake).mean()
+
+
+def _unet(backbone: Backbone) -> Any:
+    network: Any = getattr(backbone, "network", None)
+    if not all(hasattr(network, name) for name in ("conv_in", "down_blocks", "mid_block", "up_blocks")):
+        raise HypersdError(
+            "a critic that is a copy of the encoder needs a UNet: set the stages' adversarial_weight = 0"
+        )
+    return network
+
+
+def _trainable_copy(network: Any) -> Any:
+    """The network up to its middle block, as it was before adapters, all weights float32 and trainable."""
+    left_out = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+    memo: dict[int, Any] = {id(getattr(network, name)): None for name in left_out}
+    for module in network.modules():
+        if isinstance(module, LoraSlot):
+            memo |= {id(adapters): nn.ParameterDict() for adapters in (module.a, module.b)}
+    found = copy.deepcopy(network, memo)
+    for path, module in list(found.named_modules()):
+        if isinstance(module, LoraSlot):
+            found.set_submodule(path, module.base)
+    for module in found.modules():  # a forward that recomputes belongs to the original
+        vars(module).pop("forward", None)
+    return found.float().requires_grad_(True)
+
+
+def _head(network: Any, inputs: int) -> nn.Module:
+    """Convolutions that halve the picture until 2x2 pixels are left, then one number."""
+    config = network.config
+    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    side = size / 2 ** (len(config.block_out_channels) - 1)
+    width, layers = inputs * config.block_out_channels[-1], []
+    for _ in range(max(1, math.ceil(math.log2(side)) - 1)):
+        layers += [nn.Conv2d(width, HIDDEN, 4, stride=2, padding=1), nn.GroupNorm(32, HIDDEN), nn.SiLU()]
+        width = HIDDEN
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
