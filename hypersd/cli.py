@@ -83,6 +83,10 @@ def distill(
     overrides: Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="override one key; repeatable")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="run folder [default: out/RECIPE]")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the run folder")] = False,
+    from_good: Annotated[
+        bool,
+        typer.Option(help="go back to checkpoint.good, from before a warning; --set may change what is not yet over"),
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, load and write nothing")] = False,
     device: Device = "auto",
 ) -> None:
@@ -110,7 +114,7 @@ def distill(
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
             **resolve.load_rewards(loaded, components),
         )  # fmt: skip
-        trainer.run(resume=resume)
+        trainer.run(resume=resume, from_good=from_good)
     _say(f"LoRA: {out / 'lora.safetensors'}")
 
 

@@ -9,7 +9,7 @@ where it cannot follow; log losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class Adversary:
     def __init__(self, context: Context, stage_name: str, learning_rate: float | None) -> None:
         self.process, self.learning_rate = context.process, learning_rate
         self.measures: dict[str, Tensor] = {}
-        self.health = Health([WINS], stage_name)
+        self.monitors = [Health([WINS], stage_name)]
 
     def generator_loss(self, ends: Ends, cond: Cond, draw: Draw) -> Tensor:
         """What the student minimises; the gradient goes through the critic into `fake`."""
@@ -68,10 +68,6 @@ class Adversary:
         """What the trainer is to train; `loss` calls `critic_loss` with jumps of its own."""
         parameters = dict(self.critic.named_parameters())
         return Auxiliary("critic", parameters, loss, self.learning_rate, betas=self.betas)
-
-    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
-        """A warning where the critic always wins, else None."""
-        return self.health.add(step, measures)
 
 
 class FeatureAdversary(Adversary):

@@ -11,7 +11,7 @@ consistency loss of hypersd.distill.tscd on a share of each batch, and the ancho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class DMD:
     def __init__(self, stage: DMDStage, context: Context) -> None:
         self.stage, self.context, self.process = stage, context, context.process
         self.measures: dict[str, Tensor] = {}
-        self.health = Health([COLLAPSED], stage.name)
+        self.monitors = [Health([COLLAPSED], stage.name)]
         last = self.process.num_train_timesteps - 1
         self.start = last if stage.timestep is None else min(stage.timestep, last)
         low, high = stage.t_range
@@ -62,10 +62,6 @@ class DMD:
         if stage.consistency > 0:
             grids |= {n: trailing(n, trained) for n in (2, 4, 8)}
         return sampling_metadata(stage.method, process, "tcd", grids, eta=0.3)
-
-    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
-        """A warning where the student's samples have become all alike, else None."""
-        return self.health.add(step, measures)
 
     def auxiliaries(self) -> Sequence[Auxiliary]:
         fake = self.context.backbone.role_parameters(FAKE)

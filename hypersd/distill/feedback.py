@@ -12,8 +12,6 @@ reached its threshold its gradient is exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,7 +52,7 @@ class Feedback:
             self.structure_tables = {steps: self._table(grid) for steps, grid in starts.items()}
         optimised = [term.kind for term in stage.rewards if term.weight > 0]
         watched = [term.kind for term in stage.rewards if term.weight == 0]
-        self.watch = Watch(optimised, watched, stage.check_every, stage.name)
+        self.monitors = [Watch(optimised, watched, stage.check_every, stage.name)]
         self.measures: dict[str, Tensor] = {}
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -75,10 +73,6 @@ class Feedback:
         if stage.structure is not None:
             total = total + self._structure_loss(stage.structure, steps, batch, draw)
         return total
-
-    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
-        """A warning where the rewards rise and an independent one falls (see watch.py), else None."""
-        return self.watch.add(step, measures)
 
     @staticmethod
     def metadata(stage: FeedbackStage, process: NoiseProcess) -> dict[str, str]:

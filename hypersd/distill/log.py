@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +16,13 @@ from hypersd.errors import HypersdError
 class Log:
     """Holds device tensors until `flush` asks for their values, so that a GPU is not waited for at every step.
 
-    `keep` = (stage index, step) where a resumed run goes on: later lines are dropped, without it all are.
+    `keep` = (stage index, step) where a resumed run goes on: later lines are dropped, without it all are. `kept`: what
+    the lines before it say.
     """
 
     def __init__(self, path: Path, keep: tuple[int, int] | None) -> None:
         self.path, self.pending = path, []  # type: ignore[var-annotated]
+        self.kept: list[dict[str, Any]] = []
         kept = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +31,7 @@ class Log:
                     row = _parse(line)
                     if row is not None and (row["index"], row["step"]) < keep:
                         kept += line + "\n"
+                        self.kept.append(row)
             path.write_text(kept, "utf-8")
         except OSError as error:
             raise HypersdError(f"cannot write {path}: {error.strerror or error}") from None
@@ -42,32 +43,25 @@ class Log:
         """One step; `measures` are the method's further numbers."""
         self.pending.append((index, stage, step, loss, norm, time.perf_counter() - started, dict(measures or {})))
 
-    def flush(self, after_step: Callable[[int, dict[str, float]], str | None] | None = None) -> float:
-        """Write what is pending and return the newest loss. Raises HypersdError when one is not finite.
+    def flush(self, check: Callable[[dict[str, Any]], str | None] | None = None) -> float:
+        """Write what is pending and return the newest loss.
 
-        after_step(step, measures) may answer with a warning; it goes to stderr, through the logger "hypersd", and into
-        the step's line.
+        check(line) may answer with a warning, which goes into the line, or raise HypersdError, which stops the run:
+        that line is not written.
         """
         lines, problem = "", None
         for index, stage, step, loss, norm, seconds, measures in self.pending:
-            loss, norm = float(loss), float(norm)
-            numbers = {name: float(value) for name, value in measures.items()}
-            astray = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
-            if not (math.isfinite(loss) and math.isfinite(norm)) or astray:
-                other = f", {astray} {numbers[astray]}" if astray else ""
-                problem = (
-                    f"stage {stage}, step {step}: the loss is {loss}, its gradient {norm}{other}; the last checkpoint "
-                    "is intact; lower train.learning_rate or the guidance scale"
-                )
-                break
-            row = {"index": index, "stage": stage, "step": step, "loss": loss, "grad_norm": norm}
+            row = {"index": index, "stage": stage, "step": step, "loss": float(loss), "grad_norm": float(norm)}
             row |= {"seconds": round(seconds, 6)}
-            if numbers:
-                row["measures"] = numbers
-            warning = after_step(step, numbers) if after_step is not None and numbers else None
+            if measures:
+                row["measures"] = {name: float(value) for name, value in measures.items()}
+            try:
+                warning = check(row) if check is not None else None
+            except HypersdError as error:
+                problem = error
+                break
             if warning:
                 row["warning"] = warning
-                logging.getLogger("hypersd").warning("%s", warning)
             lines += json.dumps(row) + "\n"
         self.pending.clear()
         try:
@@ -75,9 +69,9 @@ class Log:
                 file.write(lines)
         except OSError as error:
             raise HypersdError(f"cannot write {self.path}: {error.strerror or error}") from None
-        if problem:
-            raise HypersdError(problem)
-        return loss
+        if problem is not None:
+            raise problem
+        return row["loss"]
 
 
 def _parse(line: str) -> dict[str, Any] | None:

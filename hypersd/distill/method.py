@@ -84,7 +84,7 @@ class Method(Protocol):
     """One stage of one method. It may have more than what stands here:
 
     measures: dict[str, Tensor]             what the newest `loss` found out, 0-d and without gradient: for the log
-    after_step(step, measures) -> str | None    a warning; `measures` are the above and the auxiliaries' losses
+    monitors: Sequence[Monitor]             what looks at these, and at the auxiliaries' losses, for trouble (health.py)
     auxiliaries() -> Sequence[Auxiliary]    what is trained beside the student; asked for once, when the stage begins
 
     Random initial values come from torch's global generator, which the trainer has seeded.

@@ -22,6 +22,7 @@ from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.dmd import DMD
 from hypersd.distill.feedback import Feedback
 from hypersd.distill.flat import FlatAdamW
+from hypersd.distill.health import Guard, good_name
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
 from hypersd.distill.log import Log
@@ -75,8 +76,9 @@ class Trainer:
 
     components: unet and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone that
     is otherwise put around the unet: any `Denoiser` without roles yet. rewards, structure: what a feedback stage
-    names (see method.Context). Under out_dir: `checkpoint.safetensors`,
-    `metrics.jsonl`, `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last.
+    names (see method.Context). Under out_dir: `checkpoint.safetensors`, `metrics.jsonl`,
+    `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last; while a run lasts, and after one
+    that warned, `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
     """
 
     def __init__(
@@ -111,24 +113,31 @@ class Trainer:
     def checkpoint(self) -> Path:
         return self.out_dir / "checkpoint.safetensors"
 
-    def run(self, resume: bool = False) -> Any:
+    def run(self, resume: bool = False, *, from_good: bool = False) -> Any:
         """Train all stages, or those that are left (`resume`); returns the backbone with roles "student" and "ema".
 
-        Raises HypersdError when the loss is no longer finite, the disk fills, a checkpoint cannot be used, or on Ctrl-C
-        (after saving); the last good checkpoint is intact in each case.
+        `from_good` resumes from the last good checkpoint instead of the newest; the recipe may then differ from there
+        on, in [train] and in the stages that are not yet over, so that it can be set right. Raises HypersdError when
+        the loss is no longer finite, the disk fills, a checkpoint cannot be used, or on Ctrl-C (after saving); the
+        newest checkpoint is intact in each case.
         """
         threads = torch.get_num_threads()
         if self.recipe.train.threads is not None:
             torch.set_num_threads(self.recipe.train.threads)
         try:
-            if resume:
-                self._load()
-            elif self.checkpoint.exists():  # of an earlier run, and perhaps hours of work
-                self.checkpoint.replace(self.checkpoint.with_name("checkpoint.old.safetensors"))
-            self.log = Log(self.out_dir / "metrics.jsonl", keep=(self.stage, self.step) if resume else None)
+            if resume or from_good:
+                self._load(from_good)
+            else:  # of an earlier run, and perhaps hours of work
+                for path in (self.checkpoint, good_name(self.checkpoint)):
+                    if path.exists():
+                        path.replace(path.with_suffix(".old.safetensors"))
+            keep = (self.stage, self.step) if resume or from_good else None
+            self.log = Log(self.out_dir / "metrics.jsonl", keep)
+            self.guard = Guard(self.checkpoint, self.log.kept)
             with Interrupt() as interrupt:
                 while self.stage < len(self.recipe.stages):
                     self._run_stage(interrupt)
+            self.guard.end()
         finally:
             torch.set_num_threads(threads)
         return self.backbone
@@ -227,6 +236,7 @@ class Trainer:
         train, stage = self.recipe.train, self.recipe.stages[self.stage]
         method = self._begin_stage()
         self._build_optimizers(method)
+        self.guard.begin(self.stage, getattr(method, "monitors", ()))
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
@@ -239,7 +249,7 @@ class Trainer:
             save = stop or self.step % train.checkpoint_every == 0 or self.step == stage.iterations
             # a GPU is asked for its numbers now and then, and always before its weights are saved
             if self.device.type == "cpu" or save or self.step % train.log_every == 0:
-                loss = self.log.flush(getattr(method, "after_step", None))
+                loss = self.log.flush(self.guard.check)
             if self.progress is not None:
                 self.progress(stage.name, self.step, stage.iterations, loss)
             if self.step == stage.iterations:
@@ -332,13 +342,18 @@ class Trainer:
         """What a resumed run must have in common with the one it goes on from."""
         return {"recipe": self.recipe.model_dump(mode="json"), "data": self.dataset.fingerprint}
 
-    def _load(self) -> None:
-        self.loaded, state = load_checkpoint(self.checkpoint)
-        own = self._identity()
-        _same_recipe(state["recipe"], own["recipe"], self.checkpoint)
+    def _load(self, from_good: bool) -> None:
+        path, own = good_name(self.checkpoint) if from_good else self.checkpoint, self._identity()
+        self.loaded, state = load_checkpoint(path)
+        old, new = state["recipe"], own["recipe"]
+        if from_good:
+            old, new = (_begun(recipe, state["stage"], state["step"]) for recipe in (old, new))
+        _same_recipe(old, new, path)
         if state["data"] != own["data"]:
-            raise HypersdError(f"{self.checkpoint} was made with other training data; resume needs the same pictures")
+            raise HypersdError(f"{path} was made with other training data; resume needs the same pictures")
         self.stage, self.step = state["stage"], state["step"]
+        if self.stage < len(self.recipe.stages) and self.step > self.recipe.stages[self.stage].iterations:
+            raise HypersdError(f"{path} has {self.step} steps of stage {self.stage}, the recipe fewer", exit_code=2)
         if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded) and not self.has_previous:
             self.backbone.add_role(PREVIOUS, like=STUDENT)
             self.has_previous = True
@@ -387,6 +402,13 @@ def _seeded(seed: int) -> Iterator[None]:
 def _require_grad(parameters: Mapping[str, nn.Parameter], flag: bool) -> None:
     for parameter in parameters.values():
         parameter.requires_grad_(flag)
+
+
+def _begun(recipe: dict[str, Any], stage: int, step: int) -> dict[str, Any]:
+    """The part of a recipe that a run is bound to after `step` steps of a stage, whatever the rest will say."""
+    bound = {section: recipe[section] for section in ("model", "data", "lora")}
+    under_way = [{"method": one["method"]} for one in recipe["stages"][stage : stage + 1] if step > 0]
+    return bound | {"stages": recipe["stages"][:stage] + under_way}
 
 
 def _same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path, where: str = "") -> None:

@@ -9,7 +9,7 @@ student's jump x_t -> t_end must agree with the target network's jump x_t' -> t_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hypersd.distill.adversarial import Adversary, EncoderAdversary, Ends, FeatureAdversary, adaptive_weight
 from hypersd.distill.data import Batch
+from hypersd.distill.health import Monitor
 from hypersd.distill.method import BASE, PREVIOUS, Auxiliary, Context, Draw
 from hypersd.distill.parts import Consistency, Jumps, on_device
 from hypersd.distill.segments import SegmentGrid
@@ -46,13 +47,14 @@ class TSCD(Consistency):
         self.guided = self.guided and before is None
         self.adversary: Adversary | None = None
         self.measures: dict[str, Tensor] = {}
+        self.monitors: list[Monitor] = []
         if isinstance(stage, TSCDStage) and stage.weights[1] > 0:
             rate = stage.critic_learning_rate
             if stage.critic == "encoder":
                 self.adversary = EncoderAdversary(context, stage.name, rate, stage.unpaired)
             else:
                 self.adversary = FeatureAdversary(context, stage.name, rate)
-            self.measures = self.adversary.measures
+            self.measures, self.monitors = self.adversary.measures, [*self.adversary.monitors]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The distance, and where the stage has a critic its opinion, each by its weight."""
@@ -69,10 +71,6 @@ class TSCD(Consistency):
 
     def auxiliaries(self) -> Sequence[Auxiliary]:
         return () if self.adversary is None else [self.adversary.auxiliary(self._critic_loss)]
-
-    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
-        """A warning where the critic always wins, else None."""
-        return None if self.adversary is None else self.adversary.after_step(step, measures)
 
     def _critic_loss(self, batch: Batch, draw: Draw) -> Tensor:
         assert self.adversary is not None

@@ -67,7 +67,8 @@ def test_the_critics_opinion_is_a_second_term(tiny_unet: Any) -> None:
     assert both == pytest.approx(plain + opinion / 2, rel=1e-5) and opinion != 0
     values[2].backward()
     assert any(p.grad is not None and p.grad.any() for p in backbone.role_parameters("student").values())
-    warned = [method.after_step(step, {"critic_accuracy": 0.99}) for step in range(120)]
+    (monitor,) = method.monitors
+    warned = [monitor.add(step, {"critic_accuracy": 0.99}) for step in range(120)]
     assert [step for step, warning in enumerate(warned) if warning] == [99]
     assert "stage tscd-2, step 99" in warned[99] and "lower the stage's critic_learning_rate" in warned[99]
 

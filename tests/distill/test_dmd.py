@@ -195,6 +195,7 @@ def test_the_file_serves_one_to_eight_steps() -> None:
 
 def test_samples_that_are_all_alike_are_reported() -> None:
     method, _ = fixed()
-    found = [method.after_step(step, {"diversity": 0.4 if step > 2 else 0.9}) for step in range(30)]
+    (monitor,) = method.monitors
+    found = [monitor.add(step, {"diversity": 0.4 if step > 2 else 0.9}) for step in range(30)]
     assert [step for step, warning in enumerate(found) if warning] == [22]
     assert "stage dmd, step 22" in found[22] and "raise the stage's anchor" in found[22]

@@ -188,13 +188,16 @@ def test_over_optimisation_is_reported_with_step_and_remedy() -> None:
     """The reward rises all the way; the judge rises for 20 steps and then falls."""
     rng = np.random.default_rng(1)
     watch = Watch(["taste"], ["judge"], 10, "feedback")
-    said = []
+    said, good = [], []
     for step in range(60):
         judge = 0.1 * step if step < 20 else 2.0 - 0.1 * (step - 20)
         noise = 0.05 * rng.standard_normal(2)
         message = watch.add(step, {"taste": 0.1 * step + noise[0], "judge": judge + noise[1], "more": 1.0})
         if message:
             said.append((step, message))
+        if watch.is_well:
+            good.append(step)
+    assert good == [9, 19, 29]  # ends of the blocks up to the best one
     assert len(said) == 1 and said[0][0] == 39
     text = said[0][1]
     assert "stage feedback, step 39: taste still rises" in text and "the independent judge falls" in text

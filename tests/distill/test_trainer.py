@@ -15,6 +15,7 @@ import torch
 from hypersd import files
 from hypersd.distill import trainer as training
 from hypersd.distill.data import LatentDataset
+from hypersd.distill.health import Alarm, Health
 from hypersd.distill.method import Auxiliary
 from hypersd.distill.recipe import Recipe, parse_recipe
 from hypersd.distill.stages import TSCDStage
@@ -101,6 +102,7 @@ class WithCritic(TSCD):
         self.seen: dict[str, list[Any]] = {"student": [], "critic": []}
         self.measures: dict[str, torch.Tensor] = {}
         self.warned: list[tuple[int, dict[str, float]]] = []
+        self.monitors, self.is_well = [self], True
         WithCritic.newest = self
 
     def auxiliaries(self) -> list[Auxiliary]:
@@ -119,7 +121,7 @@ class WithCritic(TSCD):
         noise = draw.normal((3,), self.value)
         return (self.value * (1.0 + 0.5 * noise.tanh())).sum() + sum(p.sum() for p in student)
 
-    def after_step(self, step: int, measures: dict[str, float]) -> str | None:
+    def add(self, step: int, measures: dict[str, float]) -> str | None:
         self.warned.append((step, measures))
         return "the critic is a number" if step == 1 else None
 
@@ -143,8 +145,8 @@ def test_auxiliaries_have_their_own_clock_rate_and_data(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row["measures"]) for row in rows] == [{"value", "critic_loss"}] * 2
     assert method.warned == [(row["step"], row["measures"]) for row in rows]
-    assert rows[1]["warning"] == "the critic is a number" and "warning" not in rows[0]
-    assert [record.getMessage() for record in caplog.records] == ["the critic is a number"]
+    assert rows[1]["warning"].startswith("the critic is a number; to undo it, start again") and "warning" not in rows[0]
+    assert [record.getMessage() for record in caplog.records] == [rows[1]["warning"]]
 
 
 @pytest.mark.parametrize("step", [4, 5])
@@ -187,7 +189,7 @@ def test_a_critic_that_breaks_stops_the_run(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setitem(training.METHODS, TSCDStage, Broken)
     r = recipe(2, iterations=4, train={"checkpoint_every": 1})
-    with pytest.raises(HypersdError, match="step 3: .* critic_loss nan; the last checkpoint is intact"):
+    with pytest.raises(HypersdError, match="step 3: critic_loss nan; the newest checkpoint is intact"):
         toy_trainer(r, tmp_path).run()
     monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
     toy_trainer(r, tmp_path).run(resume=True)
@@ -268,7 +270,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(HypersdError, match="No space left"):
         toy_trainer(r, tmp_path / "cut").run()
     monkeypatch.undo()
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    names = ["checkpoint.good.safetensors", "checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == names
     assert_same(toy_trainer(r, tmp_path / "cut").run(resume=True), toy_trainer(r, tmp_path / "whole").run())
 
 
@@ -282,11 +285,62 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         return m * torch.nan if broken.step == 5 else m
 
     broken.backbone.forward = poison
-    with pytest.raises(HypersdError, match="stage tscd-2, step 5: the loss is nan"):
+    with pytest.raises(HypersdError, match="stage tscd-2, step 5: loss nan, gradient nan; .*step 3"):
         broken.run()
     assert all(p.isfinite().all() for p in weights(broken.backbone, "student").values())
     assert len(losses(tmp_path)) == 5
     assert_same(toy_trainer(r, tmp_path).run(resume=True), toy_trainer(r, tmp_path / "whole").run())
+
+
+class Hasty(TSCD):
+    """Goes wrong where the rate is high: from step 5 on its measure is astray."""
+
+    def __init__(self, stage: Any, context: Any) -> None:
+        super().__init__(stage, context)
+        self.monitors = [Health([Alarm("value", "too hasty", "lower train.learning_rate", high=1.0, patience=2)], "x")]
+
+    def loss(self, batch: Any, draw: Any) -> torch.Tensor:
+        rate = self.stage.learning_rate
+        self.measures["value"] = torch.tensor(2.0 if rate and draw.progress >= 0.5 else 0.5)
+        return super().loss(batch, draw)
+
+
+def test_a_run_goes_back_to_before_a_warning_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps, a checkpoint at each second one; astray from step 5 on, so that the state after 4 is good."""
+    monkeypatch.setitem(training.METHODS, TSCDStage, Hasty)
+    train = {"checkpoint_every": 2}
+    hasty, calm = recipe(2, 1, iterations=10, train=train, learning_rate=0.1), recipe(2, 1, iterations=10, train=train)
+    good = tmp_path / "run" / "checkpoint.good.safetensors"
+    with pytest.raises(Stop):
+        toy_trainer(hasty, tmp_path / "run", progress=stop_at("tscd-1", 3)).run()
+    warnings = [
+        json.loads(line).get("warning") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [step for step, warning in enumerate(warnings) if warning] == [6]
+    assert f"{good} (tscd stage, step 4), with --from-good" in warnings[6]
+    state = good.read_bytes()
+    toy_trainer(hasty, tmp_path / "run").run(resume=True)  # which changes nothing about it, though all is well again
+    assert good.read_bytes() == state and len(losses(tmp_path / "run")) == 20
+
+    with pytest.raises(HypersdError, match="made with stages.0.learning_rate = 0.1"):
+        toy_trainer(calm, tmp_path / "run").run(resume=True)
+    wrong = recipe(2, 1, iterations=3, train=train)
+    with pytest.raises(HypersdError, match="has 4 steps of stage 0, the recipe fewer"):
+        toy_trainer(wrong, tmp_path / "run").run(from_good=True)
+    other = recipe(2, 1, iterations=10, train={"dtype": "bfloat16"}).model_copy(
+        update={"lora": calm.lora.model_copy(update={"rank": 8})}
+    )
+    with pytest.raises(HypersdError, match="made with lora.rank = 4"):
+        toy_trainer(other, tmp_path / "run").run(from_good=True)
+    before = losses(tmp_path / "run")[:4]
+    back = toy_trainer(calm, tmp_path / "run")
+    back.run(from_good=True)
+    rows = losses(tmp_path / "run")
+    assert rows[:4] == before and [row[:2] for row in rows] == [(i, step) for i in (0, 1) for step in range(10)]
+    assert "warning" not in (tmp_path / "run" / "metrics.jsonl").read_text() and not good.exists()
+    assert weights(back.backbone) != {} and math.isfinite(rows[-1][2])
+    with pytest.raises(HypersdError, match="no checkpoint .*checkpoint.good.safetensors"):
+        toy_trainer(calm, tmp_path / "run").run(from_good=True)
 
 
 def test_ema_and_optimizer_follow_the_recipe(tmp_path: Path) -> None:
