@@ -25,9 +25,9 @@ SECONDS = {"cpu": 0.2, "cuda": 0.15}
 
 def others() -> dict[str, Callable[..., Iterable[list[Result]]]]:
     """What is timed besides operators, by name."""
-    from . import sampler, tscd_step
+    from . import sampler, sd15_unet, tscd_step
 
-    return {"sampler_step": sampler.measure, "tscd_step": tscd_step.measure}
+    return {"sampler_step": sampler.measure, "sd15_unet": sd15_unet.measure, "tscd_step": tscd_step.measure}
 
 
 def unknown(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], known_ops: Sequence[str] = ()) -> str:

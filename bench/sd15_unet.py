@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from hypersd.kernels import lora_linear
 from hypersd.models.backbone import Backbone
 from hypersd.models.lora import LCM_TARGETS, LoraSpec
 
-from .harness import OURS, Result, Runner, compare, interleaved, outputs, percentiles
+from .harness import OURS, Result, Runner, compare, outputs, percentiles
 
 RANK, TOKENS, TEXT = 64, 77, 768
 WIDTHS = (320, 640, 1280, 1280)
@@ -34,6 +35,7 @@ CONFIG = {
 }  # fmt: skip
 BLOCKS = {(320, 4096): 5, (640, 1024): 5, (1280, 256): 5, (1280, 64): 1}  # (width, tokens): how often in the network
 PEFT, BASE, DIFFUSERS = "peft", "base", "diffusers"
+ROUNDS = 4
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative distance of two ways to add up a network
 
 
@@ -85,30 +87,35 @@ def networks(unet: UNet2DConditionModel) -> dict[str, Callable[..., Tensor]]:
 
 @torch.no_grad()
 def forward(
-    dtype: torch.dtype, seconds: float, peers: Sequence[str] | None, config: dict[str, Any] | None = None
+    dtype: torch.dtype, rounds: int, peers: Sequence[str] | None, config: dict[str, Any] = CONFIG
 ) -> list[Result]:
     """Calls of the whole network, in turns."""
-    config = config or CONFIG
     functions = networks(random_unet(dtype, config))
     size, generator = config["sample_size"], torch.Generator().manual_seed(2)
     x = torch.randn(1, 4, size, size, generator=generator).to(dtype)
     text = torch.randn(1, TOKENS, config["cross_attention_dim"], generator=generator).to(dtype)
-    time = torch.tensor(501)
-    own, theirs = (functions[name](x, time, text).double() for name in (OURS, PEFT))
+    timestep = torch.tensor(501)
+    own, theirs = (functions[name](x, timestep, text).double() for name in (OURS, PEFT))
     apart = float((own - theirs).norm() / theirs.norm())
     green = apart <= LIMIT[dtype]
     said = "green" if green else f"red: differs from {PEFT} by {apart:.1e}, allowed {LIMIT[dtype]:.0e}"
     asked = [name for name in functions if peers is None or name == OURS or name in peers]
-    samples = {}
-    if green:
-        samples = interleaved({n: lambda f=functions[n]: f(x, time, text) for n in asked}, seconds, rounds=4)
+    samples: dict[str, list[float]] = {n: [] for n in asked}
+    for number in range(rounds + 1 if green else 0):
+        for n in asked[number % len(asked) :] + asked[: number % len(asked)]:
+            start = time.perf_counter_ns()
+            functions[n](x, timestep, text)
+            if number:  # the first call warms up
+                samples[n].append((time.perf_counter_ns() - start) / 1e3)
     name = str(dtype).removeprefix("torch.")
     rows = [
-        Result("sd15_unet", f"b1_{size}x{size}", name, "forward", n, said if n in (OURS, PEFT) else "other", apart, None)
+        Result(
+            "sd15_unet", f"sd15_b1_{size}x{size}", name, "fwd", n, said if n in (OURS, PEFT) else "other", apart, None
+        )
         for n in asked
     ]
     for row in rows:
-        if row.provider in samples:
+        if samples[row.provider]:
             row.p20, row.p50, row.p80 = percentiles(samples[row.provider])
             row.rounds = len(samples[row.provider])
             row.over_ours = round(row.p50 / percentiles(samples[OURS])[1], 3)
@@ -170,7 +177,7 @@ def attention_linears(dtype: torch.dtype, seconds: float, blocks: dict[tuple[int
         exact = outputs(block_runner(width, tokens, dtype, PEFT, torch.float64), True)
         runners = {name: block_runner(width, tokens, dtype, name, dtype) for name in (OURS, PEFT)}
         rows += compare(
-            "attention_linears", f"sd15_{tokens}x{width}", dtype, "full", exact, runners, seconds=seconds,
+            "attention_linears", f"sd15_block_{tokens}x{width}", dtype, "full", exact, runners, seconds=seconds,
             yardstick=PEFT,
         )  # fmt: skip
     totals = {}
@@ -179,7 +186,7 @@ def attention_linears(dtype: torch.dtype, seconds: float, blocks: dict[tuple[int
         if all(row.p50 for row in parts):
             totals[provider] = sum(row.p50 * count for row, count in zip(parts, blocks.values(), strict=True))  # type: ignore[operator]
     for provider, total in totals.items():
-        row = Result("attention_linears", "sd15_all", rows[0].dtype, "full", provider, "other", None, None)
+        row = Result("attention_linears", "sd15_blocks", rows[0].dtype, "full", provider, "other", None, None)
         row.p20 = row.p50 = row.p80 = round(total, 2)
         row.over_ours = round(total / totals[OURS], 3) if OURS in totals else None
         rows.append(row)
@@ -187,13 +194,15 @@ def attention_linears(dtype: torch.dtype, seconds: float, blocks: dict[tuple[int
 
 
 def measure(
-    *, device: str, dtypes: Sequence[torch.dtype], shapes: str, peers: Sequence[str] | None, seconds: float
+    *,
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    shapes: str | tuple[str, ...],
+    peers: Sequence[str] | None,
+    seconds: float,
 ) -> Iterable[list[Result]]:
-    """Four calls of the network at least; on a CPU, and in float32 unless `dtypes` names one alone."""
-    if device != "cpu":
+    """On a CPU, in the first of `dtypes`. `seconds` are those of a block; the network is called ROUNDS times."""
+    if device != "cpu" or not "sd15_b1".startswith(shapes):
         return
-    dtype = dtypes[0]
-    if "attention_linears".startswith(shapes) or "sd15".startswith(shapes):
-        yield attention_linears(dtype, seconds, BLOCKS)
-    if "b1_64x64".startswith(shapes) or "sd15".startswith(shapes):
-        yield forward(dtype, seconds, peers)
+    yield attention_linears(dtypes[0], seconds, BLOCKS)
+    yield forward(dtypes[0], ROUNDS, peers)

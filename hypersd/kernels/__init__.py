@@ -13,6 +13,7 @@ from hypersd.kernels.group_norm_silu import group_norm_silu
 from hypersd.kernels.lora_conv2d import lora_conv2d
 from hypersd.kernels.lora_linear import lora_linear
 from hypersd.kernels.lora_linear_routed import lora_linear_routed
+from hypersd.kernels.norm_shrink import norm_shrink
 from hypersd.kernels.score_gradient import score_gradient
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "lora_conv2d",
     "lora_linear",
     "lora_linear_routed",
+    "norm_shrink",
     "score_gradient",
     "use",
 ]

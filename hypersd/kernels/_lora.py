@@ -4,6 +4,7 @@ Both are y = W x + bias + scale b (a x). With M output positions, K inputs to ea
  split        the rank-wide product first; its expansion starts the sum (or joins it before the one rounding)
  accumulate   the base product first, then the update onto it
  fold         W' = W + scale b a in scratch, then one product: N K r work a call, where the others pay M r (K + N)
+ rows         the C++ product of _lora_rows.py, where the CPU has it: split in one pass; also all of backward
  thin, full   dA and dB through dS and S, both M x r, or through G = dY^T X, the gradient that W would have had
 """
 
@@ -62,6 +63,10 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
         "shrink": product(m, r, k),
         "thin": product(r, k, m) + product(n, r, m),
         "full": product(n, k, m) + product(r, k, n) + product(n, r, k),
+        "rows": product(m, r, k) + product(m, n, k + r),
+        "rows_dx": product(m, r, n) + product(m, k, n + r),
+        "rows_grad": product(m, r, n) + product(r, k, m) + product(n, r, m),
+        "rows_both": product(m, r, n) + product(m, k, n + r) + product(r, k, m) + product(n, r, m),
     }
 
 
@@ -92,16 +97,19 @@ def _microseconds(
 
 
 @cache
-def forward_form(op: str, m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, keep: bool) -> str:
-    """The cheapest allowed form of y; with `keep`, S = a x must come with it.
+def forward_form(
+    op: str, m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, keep: bool, native: bool = False
+) -> str:
+    """The cheapest allowed form of y; with `keep`, S = a x must come with it. `native`: rows can compute this layer.
 
     In 16 bit neither fold nor accumulate: W + scale b a rounded to 16 bits loses an update below half a unit of W, and
     so does y when it is rounded before the update is added.
     """
     if dtype in SIXTEEN_BIT:
-        return "split"
+        return "rows" if native else "split"
     us, _ = _microseconds(op, m, k, n, r, dtype, device)
-    return min(("split", "accumulate", "fold"), key=lambda form: _forward_us(us, form, keep))
+    forms = ("split", "accumulate", "fold", "rows") if native else ("split", "accumulate", "fold")
+    return min(forms, key=lambda form: _forward_us(us, form, keep))
 
 
 def _forward_us(us: dict[str, float], form: str, keep: bool) -> float:
@@ -121,10 +129,12 @@ def plan(
     need_adapter: bool = True,
     *,
     full: bool = True,
+    native: bool = False,
 ) -> Plan:
-    """The cheapest allowed forms of a training step. Without `full` that form is not taken.
+    """The cheapest allowed forms of a training step. Without `full` that form is not taken, rows only with `native`.
 
-    dX may fold in 16 bit: it is rounded to 16 bits anyway, and the error stays the plain expression's.
+    dX may fold in 16 bit: it is rounded to 16 bits anyway, and the error stays the plain expression's. There rows wins
+    wherever it can run: it takes float32 adapters as they are.
     """
     us, provenance = _microseconds(op, m, k, n, r, dtype, device)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
@@ -133,13 +143,18 @@ def plan(
     for dx in ("split", "accumulate", "fold") if need_x else ("split",):
         for adapter in gradients if need_adapter else ("thin",):
             keep = need_adapter and adapter == "thin"
-            form = forward_form(op, m, k, n, r, dtype, device, keep)
+            form = forward_form(op, m, k, n, r, dtype, device, keep, native)
             total = _forward_us(us, form, keep)
             total += (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
             if needs_ds(dx, adapter, need_x, need_adapter):
                 total += us["ds"]
             if total < best:
                 best, chosen = total, Plan(form, dx, adapter, provenance)
+    if native:
+        form = forward_form(op, m, k, n, r, dtype, device, need_adapter, native)
+        part = "rows_both" if need_x and need_adapter else "rows_dx" if need_x else "rows_grad"
+        if dtype in SIXTEEN_BIT or _forward_us(us, form, need_adapter) + us[part] < best:
+            chosen = Plan(form, "rows", "rows", provenance)
     return chosen
 
 
@@ -158,6 +173,13 @@ def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:
     if scale_tensor is not None:
         return b * (scale_tensor * scale).to(b.dtype)
     return b if scale == 1.0 else b * scale
+
+
+def on_host(scale: float, scale_tensor: Tensor | None) -> tuple[float, Tensor | None]:
+    """The scale as a float alone where reading it waits for nothing."""
+    if scale_tensor is None or scale_tensor.device.type != "cpu":
+        return scale, scale_tensor
+    return scale * float(scale_tensor), None
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""lora_linear and lora_conv2d as one C++ product over rows of channels (csrc/cpu/lora.cpp), on CPUs with AVX-512.
+"""The form "rows" of lora_linear and lora_conv2d: one C++ product over rows of channels (csrc/cpu/lora.cpp), on CPUs
+with AVX-512.
 
 Base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
 S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
@@ -26,11 +27,6 @@ def takes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     return weight.dim() == 2 or is_last(x) or is_last(weight)
 
 
-def native(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *rest: object, **options: object) -> bool:
-    """`takes`, of a public function's arguments."""
-    return takes(x, weight, a)
-
-
 @cache
 def _fits(weight: tuple[int, ...], rank: int, itemsize: int) -> bool:
     out, inner = weight[0], weight[1]
@@ -50,22 +46,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
     stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, S (positions, r) or, without `keep`, nothing); S carries the scale."""
-    factor = scale if scale_tensor is None else scale * float(scale_tensor)
     rows = x.contiguous() if weight.dim() == 2 else _rows(x)
-    return torch.ops.hypersd._lora_rows.default(rows, weight, bias, a, b, factor, *stride, *padding, keep)
+    return torch.ops.hypersd._lora_rows.default(rows, weight, bias, a, b, scale, *stride, *padding, keep)
 
 
 def backward(
-    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
     stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], need_x: bool, need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dA, dB), each empty where not needed; s as forward kept it, or empty: then it is computed again."""
-    factor = scale if scale_tensor is None else scale * float(scale_tensor)
     rows, dy = (x.contiguous(), dy.contiguous()) if weight.dim() == 2 else (_rows(x), _rows(dy))
     return torch.ops.hypersd._lora_rows_backward.default(
-        dy, rows, s, weight, a, b, factor, *stride, *padding, need_x, need_adapter
+        dy, rows, s, weight, a, b, scale, *stride, *padding, need_x, need_adapter
     )

@@ -50,8 +50,9 @@ class Op:
     `reference` is the definition: plain torch, differentiable, exact in float64. `fallback` is what the dispatcher
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
     `backward(ctx, *grads)` returns a gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
-    `plan` says which ATen products the fallback composes for the public function's keywords; `elsewhere` why the public
-    function calls torch's own operator for them instead of this one (empty: it does not).
+    `plan` says which ATen products the fallback composes for the public function's keywords; `native` whether it calls
+    a C++ kernel among them; `aten` why they run instead of the Triton kernels (empty: they do not); `elsewhere` why the
+    public function calls torch's own operator for them instead of this one (empty: it does not).
     An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
@@ -74,6 +75,7 @@ class Op:
     config: Callable[..., Config] | None = None
     plan: Callable[..., object] | None = None
     native: Callable[..., bool] | None = None
+    aten: Callable[..., str] | None = None
     elsewhere: Callable[..., str] | None = None
     programs: Callable[[], list[Program]] | None = None
     function: Callable[..., Any] = field(init=False)
@@ -304,12 +306,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     inputs: Mapping[str, Any] = bound.arguments
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device)
+    if implementation == "triton" and op.aten and op.aten(**inputs):
+        implementation, why = "aten", op.aten(**inputs)
     if implementation == "aten" and op.native and op.native(**inputs):
-        implementation, why = "cpp", "the kernel for cpu tensors of this dtype and layout"
+        implementation, why = "cpp", "the form that costs least; backward as listed"
     if op.is_elsewhere(**inputs):
         implementation, why = "torch", op.elsewhere(**inputs)  # type: ignore[misc]
     cost = op.cost(**inputs) if op.cost else None
-    choice = {"triton": op.config, "aten": op.plan}.get(implementation)
+    choice = {"triton": op.config, "aten": op.plan, "cpp": op.plan}.get(implementation)
     config = choice(**inputs) if choice else None
     roof = ceiling(first.device)
     seconds = roof.seconds(cost, first.dtype) if roof and cost else None

@@ -186,17 +186,24 @@ def adapter_grad_form(
 def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], *needs: bool) -> _lora.Plan:
     # oneDNN's fp32 weight gradient of a 3x3 kernel in (B, C, H, W) order is four times too inexact for dB
     full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _layout(x, weight) == torch.channels_last
-    return _lora.plan("lora_conv2d", *_sizes(x, weight, a, stride, padding), x.dtype, x.device.type, *needs, full=full)
+    sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
+    return _lora.plan("lora_conv2d", *sizes, x.dtype, x.device.type, *needs, full=full, native=native)
+
+
+def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
+    sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
+    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, keep, native)
 
 
 def _forms(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, scale_tensor: Tensor | None,
     stride: list[int], padding: list[int], keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if _lora_rows.takes(x, weight, a):
-        return _lora_rows.forward(x, weight, bias, a, b, scale, scale_tensor, stride, padding, keep)
-    sizes = _sizes(x, weight, a, stride, padding)
-    form = _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, keep)
+    scale, scale_tensor = _lora.on_host(scale, scale_tensor)
+    form = _form(x, weight, a, stride, padding, keep)
+    if form == "rows":
+        y, s = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep)
+        return y, s.view(y.shape[0], *y.shape[2:], a.shape[0]).permute(0, 3, 1, 2) if keep else s
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
     y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
     layout = _layout(x, weight)
@@ -218,10 +225,13 @@ def _forms_backward(
     need_x: bool,
     need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _lora_rows.takes(x, weight, a):
-        rest = scale, scale_tensor, stride, padding, need_x, need_adapter
-        return _lora_rows.backward(dy, x, s, weight, a, b, *rest)
-    chosen = _plan(x, weight, a, stride, padding, need_x, need_adapter)
+    scale, scale_tensor = _lora.on_host(scale, scale_tensor)
+    chosen, kept = _plan(x, weight, a, stride, padding, need_x, need_adapter), s.dim() == 4
+    scaled = kept and _form(x, weight, a, stride, padding, True) == "rows"  # S carries the scale already
+    if chosen.input_grad == "rows":
+        rows = s.permute(0, 2, 3, 1).reshape(-1, a.shape[0]) if kept else s
+        dx, da, db = _lora_rows.backward(dy, x, rows, weight, a, b, scale, stride, padding, need_x, need_adapter)
+        return dx, da, db if scaled or not kept else _lora.scaled(db, scale, None)
     bs = _lora.scaled(b, scale, scale_tensor)
     ds = None
     if _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter):
@@ -231,9 +241,11 @@ def _forms_backward(
         dx = input_grad_form(chosen.input_grad, dy, ds, x, weight, a, bs, stride, padding)
         dx = dx.contiguous(memory_format=_layout(x, weight))
     if need_adapter:
-        kept = s if s.dim() == 4 else None
-        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, kept, weight, a, bs, stride, padding)
-        da, db = da.contiguous(), _lora.scaled(db, scale, scale_tensor).contiguous()
+        thin = chosen.adapter_grad == "thin"
+        da, db = adapter_grad_form(
+            chosen.adapter_grad, dy, ds, x, s if kept else None, weight, a, bs, stride, padding
+        )  # fmt: skip
+        da, db = da.contiguous(), (db if scaled and thin else _lora.scaled(db, scale, scale_tensor)).contiguous()
     return dx, da, db
 
 
@@ -278,8 +290,6 @@ def _fake(
     batch, out, height, width = _out_shape(x, weight, stride, padding)
     layout = _layout(x, weight)
     y = x.new_empty(batch, out, height, width).contiguous(memory_format=layout)
-    if keep and _lora_rows.takes(x, weight, a):
-        return y, x.new_empty(batch * height * width, a.shape[0])
     s = x.new_empty(batch, a.shape[0], height, width).contiguous(memory_format=layout) if keep else x.new_empty(0)
     return y, s
 
@@ -325,7 +335,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     plan=_public_plan,
-    native=_lora_rows.native,
+    native=lambda **inputs: _public_plan(**inputs).forward == "rows",
 )
 
 for _op in (OP, BACKWARD):
@@ -363,6 +373,4 @@ def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
     """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
     if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or min(stride) < 1:
         return False  # the check has a word for it
-    if _lora_rows.takes(x, weight, a):
-        return True
-    return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad == "thin"
+    return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad != "full"

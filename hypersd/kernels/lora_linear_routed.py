@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hypersd.kernels import _lora, _lora_routed, _shapes
 from hypersd.kernels._cost import Cost
+from hypersd.kernels._lora_gemm import _add_outer, _add_product, _put, widen
+from hypersd.kernels._lora_gemm import config as linear_config
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import check_numbers, check_strided, on_device
 from hypersd.kernels._tune import Config, Program, jit, tl, triton
-from hypersd.kernels.lora_linear import _add_outer, _add_product, _put, _widen
-from hypersd.kernels.lora_linear import _config as linear_config
 
 
 def _case(
@@ -175,7 +175,7 @@ def _shrink(x: Tensor, w: Tensor, slots: Tensor, tokens: int, nt: bool) -> Tenso
     if out.numel():
         tiles = triton.cdiv(tokens, block_m)
         _routed_shrink_kernel[(slots.shape[0] * tiles, triton.cdiv(r, block_r))](
-            x, w, slots, out, tokens, tiles, w.shape[0], k, r, nt, block_m, block_r, block_k, _widen(x.dtype),
+            x, w, slots, out, tokens, tiles, w.shape[0], k, r, nt, block_m, block_r, block_k, widen(x.dtype),
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
@@ -193,7 +193,7 @@ def _expand(
         tiles = triton.cdiv(tokens, blocks["BLOCK_M"])
         _routed_expand_kernel[(slots.shape[0] * tiles, triton.cdiv(n, blocks["BLOCK_N"]))](
             s, u, x, w, bias, slots, scales, y, tokens, tiles, u.shape[0], n, k, r, nt, bias is not None,
-            **blocks, WIDEN=_widen(x.dtype), num_warps=config.num_warps if blocks["BLOCK_M"] > 64 else 4,
+            **blocks, WIDEN=widen(x.dtype), num_warps=config.num_warps if blocks["BLOCK_M"] > 64 else 4,
             num_stages=config.num_stages,
         )  # fmt: skip
     return y
@@ -211,7 +211,7 @@ def _collected(u: Tensor, v: Tensor, slots: Tensor, scales: Tensor, tokens: int,
     out = like.new_empty(like.shape)
     if partial.numel():
         _routed_outer_kernel[(triton.cdiv(r, block_r), triton.cdiv(c, block_c), samples * chunks)](
-            u, v, slots, partial, tokens, chunks, chunk, like.shape[0], r, c, block_r, block_c, 64, _widen(u.dtype),
+            u, v, slots, partial, tokens, chunks, chunk, like.shape[0], r, c, block_r, block_c, 64, widen(u.dtype),
             num_warps=4, num_stages=3,
         )  # fmt: skip
     if out.numel():
