@@ -113,7 +113,8 @@ def forward_form(
 
 
 def _forward_us(us: dict[str, float], form: str, keep: bool) -> float:
-    return us[form] + (us["shrink"] if keep and form == "fold" else 0.0)
+    """A row that was measured where rows could not run says nothing of it."""
+    return us.get(form, math.inf) + (us["shrink"] if keep and form == "fold" else 0.0)
 
 
 @cache
@@ -137,25 +138,26 @@ def plan(
     wherever it can run: it takes float32 adapters as they are.
     """
     us, provenance = _microseconds(op, m, k, n, r, dtype, device)
+    if native:  # one choice whatever gradients are asked for: forward cannot know, and S must be of one making
+        best = plan(op, m, k, n, r, dtype, device, full=full)
+        if dtype in SIXTEEN_BIT or us.get("rows", math.inf) + us.get("rows_both", 0.0) < _step_us(us, best):
+            return Plan("rows", "rows", "rows", provenance)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
     gradients = ("thin", "full") if full and dtype != torch.float16 else ("thin",)
-    best, chosen = math.inf, Plan("split", "split", "thin", provenance)
+    plans = []
     for dx in ("split", "accumulate", "fold") if need_x else ("split",):
         for adapter in gradients if need_adapter else ("thin",):
-            keep = need_adapter and adapter == "thin"
-            form = forward_form(op, m, k, n, r, dtype, device, keep, native)
-            total = _forward_us(us, form, keep)
-            total += (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
-            if needs_ds(dx, adapter, need_x, need_adapter):
-                total += us["ds"]
-            if total < best:
-                best, chosen = total, Plan(form, dx, adapter, provenance)
-    if native:
-        form = forward_form(op, m, k, n, r, dtype, device, need_adapter, native)
-        part = "rows_both" if need_x and need_adapter else "rows_dx" if need_x else "rows_grad"
-        if dtype in SIXTEEN_BIT or _forward_us(us, form, need_adapter) + us[part] < best:
-            chosen = Plan(form, "rows", "rows", provenance)
-    return chosen
+            form = forward_form(op, m, k, n, r, dtype, device, need_adapter and adapter == "thin")
+            plans.append(Plan(form, dx, adapter, provenance))
+    return min(plans, key=lambda chosen: _step_us(us, chosen, need_x, need_adapter))
+
+
+def _step_us(us: dict[str, float], chosen: Plan, need_x: bool = True, need_adapter: bool = True) -> float:
+    """Microseconds of forward and backward by ATen's products."""
+    form, dx, adapter, _ = chosen
+    total = _forward_us(us, form, need_adapter and adapter == "thin")
+    total += (us[f"dx_{dx}"] if need_x else 0) + (us[adapter] if need_adapter else 0)
+    return total + (us["ds"] if needs_ds(dx, adapter, need_x, need_adapter) else 0)
 
 
 def needs_ds(input_grad: str, adapter_grad: str, need_x: bool, need_adapter: bool) -> bool:

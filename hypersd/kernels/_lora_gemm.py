@@ -73,10 +73,10 @@ def _shrink_kernel(
     total = _add_product(total, x, w, rows, ranks, k, m, r, k, NT, BLOCK_K, WIDEN)
     _put(out, total, rows, ranks, m, r)
     if counters is not None:
-        first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-        for start in range(0, count, 256):
+        stop = tl.where(tl.program_id(0) + tl.program_id(1) == 0, count, 0)
+        for start in range(0, stop, 256):
             index = start + tl.arange(0, 256)
-            tl.store(counters + index, index * 0, mask=(index < count) & first)
+            tl.store(counters + index, index * 0, mask=index < stop)
 
 
 @jit

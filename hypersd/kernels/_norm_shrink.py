@@ -50,19 +50,24 @@ def _forward_kernel(
         total += tl.sum(_load(x, rows, columns, m, k).to(tl.float32), axis=1)
     center = total / count
     spread = tl.zeros((BLOCK_M,), tl.float32)
+    rest = tl.zeros((BLOCK_M,), tl.float32)  # of the mean, below the last digit of `center`
     for start in range(0, k, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         apart = _load(x, rows, columns, m, k).to(tl.float32) - center[:, None]
-        spread += tl.sum(tl.where(columns[None, :] < k, apart * apart, 0.0), axis=1)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(spread / count + eps))
+        apart = tl.where(columns[None, :] < k, apart, 0.0)
+        rest += tl.sum(apart, axis=1)
+        spread += tl.sum(apart * apart, axis=1)
+    rest /= count
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(spread / count - rest * rest + eps))
     product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    first = tl.program_id(1) == 0
+    known = tl.where(tl.program_id(1) == 0, m, 0)  # rows whose y and statistics this program stores
     for start in range(0, k, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        hat = (_load(x, rows, columns, m, k).to(tl.float32) - center[:, None]) * inverse[:, None]
+        apart = _load(x, rows, columns, m, k).to(tl.float32) - center[:, None]
+        hat = (apart - rest[:, None]) * inverse[:, None]
         value = (hat * _per_column(weight, columns, k, 1.0) + _per_column(bias, columns, k, 0.0)).to(x.dtype.element_ty)
         inside = (rows[:, None] < m) & (columns[None, :] < k)
-        tl.store(y + rows[:, None].to(tl.int64) * k + columns[None, :], value, mask=inside & first)
+        tl.store(y + rows[:, None].to(tl.int64) * k + columns[None, :], value, mask=inside & (rows[:, None] < known))
         value = tl.where(inside, value, 0.0)
         right = tl.trans(_load(a, ranks, columns, r, k))
         if WIDEN:
@@ -71,8 +76,8 @@ def _forward_kernel(
     inside = (rows[:, None] < m) & (ranks[None, :] < r)
     at = rows[:, None].to(tl.int64) * r + ranks[None, :]
     tl.store(s + at, product.to(s.dtype.element_ty), mask=inside)
-    tl.store(mean + rows, center, mask=(rows < m) & first)
-    tl.store(rstd + rows, inverse, mask=(rows < m) & first)
+    tl.store(mean + rows, center, mask=rows < known)
+    tl.store(rstd + rows, inverse, mask=rows < known)
 
 
 @jit

@@ -191,8 +191,10 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
+    if keep:
+        return _plan(x, weight, a, stride, padding).forward
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
-    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, keep, native)
+    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, False, native)
 
 
 def _forms(
@@ -227,11 +229,9 @@ def _forms_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, scale_tensor = _lora.on_host(scale, scale_tensor)
     chosen, kept = _plan(x, weight, a, stride, padding, need_x, need_adapter), s.dim() == 4
-    scaled = kept and _form(x, weight, a, stride, padding, True) == "rows"  # S carries the scale already
     if chosen.input_grad == "rows":
         rows = s.permute(0, 2, 3, 1).reshape(-1, a.shape[0]) if kept else s
-        dx, da, db = _lora_rows.backward(dy, x, rows, weight, a, b, scale, stride, padding, need_x, need_adapter)
-        return dx, da, db if scaled or not kept else _lora.scaled(db, scale, None)
+        return _lora_rows.backward(dy, x, rows, weight, a, b, scale, stride, padding, need_x, need_adapter)
     bs = _lora.scaled(b, scale, scale_tensor)
     ds = None
     if _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter):
@@ -241,11 +241,9 @@ def _forms_backward(
         dx = input_grad_form(chosen.input_grad, dy, ds, x, weight, a, bs, stride, padding)
         dx = dx.contiguous(memory_format=_layout(x, weight))
     if need_adapter:
-        thin = chosen.adapter_grad == "thin"
-        da, db = adapter_grad_form(
-            chosen.adapter_grad, dy, ds, x, s if kept else None, weight, a, bs, stride, padding
-        )  # fmt: skip
-        da, db = da.contiguous(), (db if scaled and thin else _lora.scaled(db, scale, scale_tensor)).contiguous()
+        kept_s = s if kept else None
+        da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, kept_s, weight, a, bs, stride, padding)
+        da, db = da.contiguous(), _lora.scaled(db, scale, scale_tensor).contiguous()
     return dx, da, db
 
 
@@ -309,7 +307,9 @@ def _public_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
     stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
 ) -> _lora.Plan:  # fmt: skip
-    return _plan(x, weight, a, _pair("stride", stride), _pair("padding", padding))
+    pairs = _pair("stride", stride), _pair("padding", padding)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
+    return _plan(x, weight, a, *pairs)._replace(forward=_form(x, weight, a, *pairs, keep))
 
 
 BACKWARD = Op(

@@ -125,8 +125,8 @@ def _forms(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scale, scale_tensor = _lora.on_host(scale, scale_tensor)
     n, k = weight.shape
-    rows, native = x.reshape(-1, k), _lora_rows.takes(x, weight, a)
-    form = _lora.forward_form("lora_linear", rows.shape[0], k, n, a.shape[0], x.dtype, x.device.type, keep, native)
+    rows = x.reshape(-1, k)
+    form = _form(x, weight, a, keep)
     if form == "rows":
         return _lora_rows.forward(x, weight, bias, a, b, scale, (1, 1), (0, 0), keep)
     if scale_tensor is not None:
@@ -252,10 +252,18 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, need_x: bool = True, need_adapte
     return _lora.plan("lora_linear", *sizes, x.dtype, x.device.type, need_x, need_adapter, native=native)
 
 
+def _form(x: Tensor, weight: Tensor, a: Tensor, keep: bool) -> str:
+    if keep:
+        return _plan(x, weight, a).forward
+    sizes = x.shape[:-1].numel(), weight.shape[1], weight.shape[0], a.shape[0]
+    return _lora.forward_form("lora_linear", *sizes, x.dtype, x.device.type, False, _lora_rows.takes(x, weight, a))
+
+
 def _public_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
 ) -> _lora.Plan:
-    return _plan(x, weight, a)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a)
+    return _plan(x, weight, a)._replace(forward=_form(x, weight, a, keep))
 
 
 def _triton_config(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: object) -> Config:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _norm_shrink, _rows
+from hypersd.kernels import _lora, _norm_shrink, _rows
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config
@@ -135,7 +135,7 @@ def _fake(
 
 
 def _reference_backward(
-    dy: Tensor | None, ds: Tensor | None, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    x: Tensor, dy: Tensor | None, ds: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, a: Tensor, need_x: bool, need_affine: bool, need_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     width = x.shape[-1]
@@ -162,7 +162,7 @@ def _reference_backward(
 
 
 def _fake_backward(
-    dy: Tensor | None, ds: Tensor | None, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    x: Tensor, dy: Tensor | None, ds: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, a: Tensor, need_x: bool, need_affine: bool, need_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def made(t: Tensor | None, needed: bool) -> Tensor:
@@ -184,15 +184,15 @@ def _triton(
 
 
 def _triton_backward(
-    dy: Tensor | None, ds: Tensor | None, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    x: Tensor, dy: Tensor | None, ds: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, a: Tensor, need_x: bool, need_affine: bool, need_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel() or not a.numel():
-        return _reference_backward(dy, ds, x, y, mean, rstd, weight, bias, a, need_x, need_affine, need_a)
+        return _reference_backward(x, dy, ds, y, mean, rstd, weight, bias, a, need_x, need_affine, need_a)
     dy, ds, weight, bias = (None if t is None else t.contiguous() for t in (dy, ds, weight, bias))
     x, y, a = x.contiguous(), y.contiguous(), a.contiguous()
     dx, dweight, dbias, da = _fake_backward(
-        dy, ds, x, y, mean, rstd, weight, bias, a, need_x, need_affine, need_a
+        x, dy, ds, y, mean, rstd, weight, bias, a, need_x, need_affine, need_a
     )  # fmt: skip
     if need_x or need_affine:
         sums = _norm_shrink.backward(dy, ds, x, mean, rstd, weight, a, dx if need_x else None, need_affine)
@@ -213,7 +213,7 @@ def _config(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a
 
 BACKWARD = Op(
     "norm_shrink_backward",
-    "(Tensor? dy, Tensor? ds, Tensor x, Tensor y, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor a, "
+    "(Tensor x, Tensor? dy, Tensor? ds, Tensor y, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor a, "
     "bool need_x, bool need_affine, bool need_a) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
@@ -235,7 +235,7 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple
     x, y, mean, rstd, weight, bias, a = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_a = ctx.needs_input_grad
     dx, dweight, dbias, da = BACKWARD.run(
-        dy, ds, x, y, mean, rstd, weight, bias, a, need_x, need_weight or need_bias, need_a
+        x, dy, ds, y, mean, rstd, weight, bias, a, need_x, need_weight or need_bias, need_a
     )
     return (
         dx if need_x else None,
@@ -263,6 +263,10 @@ OP = Op(
     config=_config,
     programs=_norm_shrink.programs,
 )
+
+
+for _op in (OP, BACKWARD):
+    _lora.skip_dispatcher(_op)
 
 
 @OP.public
