@@ -42,6 +42,8 @@ class Counting(TorchFunctionMode):
             self.seen["lora_conv2d", (x.shape[1], weight.shape[0], x.shape[2], weight.shape[2], stride)] += 1
         elif function is F.group_norm:
             self.seen["group_norm_silu", tuple(args[0].shape[1:])] += 1
+        elif function is F.layer_norm:
+            self.seen["norm_shrink", tuple(args[0].shape[1:])] += 1
         elif function is F.scaled_dot_product_attention:
             q, k = args[0] if args else kwargs["query"], args[1] if len(args) > 1 else kwargs["key"]
             self.seen["attention", (q.shape[1], q.shape[2], k.shape[2], q.shape[3])] += 1
@@ -80,7 +82,7 @@ def layer(op: str, inputs: dict[str, Any]) -> Layer | None:
     if op == "lora_conv2d":
         x, weight = inputs["x"], inputs["weight"]
         return op, (x.shape[1], weight.shape[0], x.shape[2], weight.shape[2], inputs["stride"])
-    if op in ("group_norm_silu", "geglu"):
+    if op in ("group_norm_silu", "geglu", "norm_shrink"):
         return op, tuple(inputs["x"].shape[1:])
     if op == "attention":
         q, k = inputs["q"], inputs["k"]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _norm_shrink, _rows
+from hypersd.kernels import _lora, _norm_shrink, _rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._tune import Config
@@ -43,16 +43,7 @@ def _case(name: str, *shape: int, r: int, affine: bool = True, mean: float = 0.5
 
 
 CASES = (
-    _case("emoji_b32_256x64_r32", 32, 256, 64, r=32),
-    _case("emoji_b32_256x64_r96", 32, 256, 64, r=96),
-    _case("emoji_b32_64x128_r96", 32, 64, 128, r=96),
-    _case("emoji_b32_16x128_r32", 32, 16, 128, r=32),
-    _case("sd15_4096x320_r64", 1, 4096, 320, r=64),
-    _case("sd15_4096x320_r192", 1, 4096, 320, r=192),
-    _case("sd15_1024x640_r192", 1, 1024, 640, r=192),
-    _case("sd15_256x1280_r192", 1, 256, 1280, r=192),
-    _case("sdxl_b2_4096x640_r192", 2, 4096, 640, r=192),
-    _case("sdxl_b2_1024x1280_r192", 2, 1024, 1280, r=192),
+    *_shapes.cases("norm_shrink", _case),
     _case("odd", 3, 7, 21, r=5, bench=False),
     _case("odd_wide", 2, 5, 131, r=37, mean=0.0, bench=False),
     _case("far_mean", 4, 33, r=3, mean=20.0, affine=False, bench=False),

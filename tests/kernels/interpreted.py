@@ -6,17 +6,21 @@ the interpreter when a kernel is decorated. By hand: TRITON_INTERPRET=1 python -
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from hypersd.kernels import _tune, use
+from hypersd.kernels import _lora_gemm, _tune, use
 from hypersd.kernels._op import OPS
 from hypersd.kernels._tune import jit, tl
 from tests.kernels import checks, guards
 
 assert _tune.interpreted(), "start with TRITON_INTERPRET=1"
 
+lora_linear_op = importlib.import_module("hypersd.kernels.lora_linear")
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values() if op.triton]
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name}")
@@ -97,3 +101,52 @@ def test_a_wrong_kernel_turns_the_suite_red(op, monkeypatch):
     monkeypatch.setattr(op, "triton", checks.tampered(op, op.triton, lambda value: value * 1.00001))
     with use("triton"):
         assert checks.check(op, inputs) != []
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.launches.append(self.kernel)
+            with _disable_current_modes():  # the interpreter's own copies are no part of the operator
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("rows", [300, 1500])  # one chunk of rows, and several whose sums the last program adds
+def test_backward_of_a_lora_layer_is_three_launches(rows, monkeypatch):
+    """dS, dX, and dA with dB; nothing of ATen's in between."""
+    generator = torch.Generator().manual_seed(0)
+    dy, x, s, weight, a, b = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((rows, 24), (rows, 40), (rows, 8), (24, 40), (8, 40), (24, 8))
+    )
+    launches: list = []
+    for name in ("_shrink_kernel", "_expand_kernel", "_gradients_kernel"):
+        monkeypatch.setattr(_lora_gemm, name, Counted(getattr(_lora_gemm, name), launches))
+    with use("triton"), Calls() as calls:
+        dx, da, db = lora_linear_op.BACKWARD.triton(dy, x, s, weight, a, b, 0.5, None, True, True)
+    assert len(launches) == 3 and len(set(launches)) == 3
+    assert calls.names <= {"empty", "empty_like", "new_empty", "view", "_unsafe_view", "reshape"}, calls.names
+    wide = {name: t.double() for name, t in zip(("dy", "x", "s", "w", "a", "b"), (dy, x, s, weight, a, b), strict=True)}
+    ds = 0.5 * wide["dy"] @ wide["b"]
+    exact = (wide["dy"] @ wide["w"] + ds @ wide["a"], ds.t() @ wide["x"], 0.5 * wide["dy"].t() @ wide["s"])
+    for found, truth in zip((dx, da, db), exact, strict=True):
+        assert float((found.double() - truth).norm() / truth.norm()) < 1e-2
+
+
+class Calls(TorchDispatchMode):
+    """The names of ATen's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))

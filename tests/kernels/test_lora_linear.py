@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hypersd.kernels import _lora, _lora_rows, explain, lora_linear, use
+from hypersd.kernels import _lora, _lora_rows, _tune, explain, lora_linear, use
 
 op_file = importlib.import_module("hypersd.kernels.lora_linear")
 FORMS = ("split", "accumulate", "fold")
@@ -272,3 +273,16 @@ def test_explain_shows_the_forms(monkeypatch):
     assert "lora_linear on cpu: aten" in said
     assert f"y by {chosen.forward}, dX by {chosen.input_grad}, dA and dB by {chosen.adapter_grad}" in said
     assert "row 4096x320x320x64" in said
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), [(torch.float32, "aten"), (torch.bfloat16, "triton")], ids=str)
+def test_float32_of_a_gpu_goes_to_aten(dtype, implementation):
+    """The kernels' float32 sums stray further than the error rule allows; explain says what runs instead, and why."""
+    if _tune.triton_missing():
+        pytest.skip(_tune.triton_missing())
+    with FakeTensorMode(), torch.device("cuda"):
+        inputs = {"x": torch.empty(64, 32), "weight": torch.empty(48, 32), "bias": None, "a": torch.empty(4, 32)}
+        inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
+        said = explain(lora_linear, **inputs, b=torch.empty(48, 4).to(dtype), scale=1.0)
+    assert said.implementation == implementation
+    assert ("float32" in said.why) is (implementation == "aten") and said.config is not None
