@@ -1,7 +1,7 @@
 """What an unmerged LoRA costs a full-size SD1.5 UNet, and its attention blocks' linear layers in training.
 
 Forward: random weights, the published configuration, latents of 64 x 64, batch 1, rank 64 on every layer that the LCM
-scripts adapt. All providers share one copy of the weights. `base` is the network that we run, fused operators and all,
+scripts adapt; channels last, the faster order for all of them on a CPU. All providers share one copy of the weights. `base` is the network that we run, fused operators and all,
 without its adapter: our time over its time is what the adapter costs; `diffusers` is the network as diffusers runs it.
 Ours is judged by PEFT's output: both compute in float32, so they may differ by roundings alone.
 
@@ -51,7 +51,7 @@ def random_unet(dtype: torch.dtype, config: dict[str, Any]) -> UNet2DConditionMo
             parameter.uniform_(-bound, bound, generator=generator)
         else:
             parameter.fill_(1.0)  # norm weights; a bias of 1 is as good as any
-    return unet
+    return unet.to(memory_format=torch.channels_last)
 
 
 def shared_copy(network: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def forward(
     """Calls of the whole network, in turns."""
     functions = networks(random_unet(dtype, config))
     size, generator = config["sample_size"], torch.Generator().manual_seed(2)
-    x = torch.randn(1, 4, size, size, generator=generator).to(dtype)
+    x = torch.randn(1, 4, size, size, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     text = torch.randn(1, TOKENS, config["cross_attention_dim"], generator=generator).to(dtype)
     timestep = torch.tensor(501)
     own, theirs = (functions[name](x, timestep, text).double() for name in (OURS, PEFT))

@@ -91,8 +91,9 @@ def parts(op: str, inputs: dict) -> tuple[dict[str, int], dict[str, Callable[[],
     made["shrink"] = shrink
     if weight.dim() == 4:
         x, weight, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, dy))
-    if _lora_rows.takes(x, weight, a):
+    if _lora_rows.takes(x, weight, a, backward=False):
         made["rows"] = lambda: _lora_rows.forward(x, weight, bias, *inputs_ab, scale, *steps, True)
+    if _lora_rows.takes(x, weight, a):
         kept = made["rows"]()[1]
         for name, needs in {"rows_dx": (True, False), "rows_grad": (False, True), "rows_both": (True, True)}.items():
             made[name] = lambda needs=needs: _lora_rows.backward(dy, x, kept, weight, *inputs_ab, scale, *steps, *needs)

@@ -140,7 +140,7 @@ def plan(
     us, provenance = _microseconds(op, m, k, n, r, dtype, device)
     if native:  # one choice whatever gradients are asked for: forward cannot know, and S must be of one making
         best = plan(op, m, k, n, r, dtype, device, full=full)
-        if dtype in SIXTEEN_BIT or us.get("rows", math.inf) + us.get("rows_both", 0.0) < _step_us(us, best):
+        if dtype in SIXTEEN_BIT or us.get("rows", math.inf) + us.get("rows_both", math.inf) < _step_us(us, best):
             return Plan("rows", "rows", "rows", provenance)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
     gradients = ("thin", "full") if full and dtype != torch.float16 else ("thin",)

@@ -18,23 +18,25 @@ PANEL = 1536 << 10  # bytes of packed weight that meet every row again: what the
 LAST = torch.channels_last
 
 
-def takes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether the C++ product computes this layer here. Convolutions: where pixels are rows (channels last)."""
+def takes(x: Tensor, weight: Tensor, a: Tensor, backward: bool = True) -> bool:
+    """Whether the C++ product computes this layer here (and with `backward` its gradients). Convolutions: where pixels
+    are rows (channels last)."""
     if x.device.type != "cpu" or x.dtype not in _native.lora_dtypes() or x.dtype != weight.dtype:
         return False
-    if not _fits(tuple(weight.shape), a.shape[0], x.dtype.itemsize):
+    if not _fits(tuple(weight.shape), a.shape[0], x.dtype.itemsize, backward):
         return False
     return weight.dim() == 2 or is_last(x) or is_last(weight)
 
 
 @cache
-def _fits(weight: tuple[int, ...], rank: int, itemsize: int) -> bool:
+def _fits(weight: tuple[int, ...], rank: int, itemsize: int, backward: bool) -> bool:
     out, inner = weight[0], weight[1]
     per = 4 // itemsize  # bfloat16 is multiplied in pairs
     if rank == 0 or out == 0 or inner == 0 or out % per or inner % per or rank % per:
         return False
     taps = weight[2] * weight[3] if len(weight) == 4 else 1
-    return 64 * itemsize * max(taps * inner + rank, taps * (out + rank)) <= PANEL
+    summed = max(taps * inner + rank, taps * (out + rank) if backward else 0)
+    return 64 * itemsize * summed <= PANEL
 
 
 def is_last(x: Tensor) -> bool:

@@ -193,7 +193,7 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
 def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
     if keep:
         return _plan(x, weight, a, stride, padding).forward
-    sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
+    sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a, backward=False)
     return _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, False, native)
 
 

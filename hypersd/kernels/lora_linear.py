@@ -256,7 +256,8 @@ def _form(x: Tensor, weight: Tensor, a: Tensor, keep: bool) -> str:
     if keep:
         return _plan(x, weight, a).forward
     sizes = x.shape[:-1].numel(), weight.shape[1], weight.shape[0], a.shape[0]
-    return _lora.forward_form("lora_linear", *sizes, x.dtype, x.device.type, False, _lora_rows.takes(x, weight, a))
+    native = _lora_rows.takes(x, weight, a, backward=False)
+    return _lora.forward_form("lora_linear", *sizes, x.dtype, x.device.type, False, native)
 
 
 def _public_plan(
