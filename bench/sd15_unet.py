@@ -1,9 +1,10 @@
 """What an unmerged LoRA costs a full-size SD1.5 UNet, and its attention blocks' linear layers in training.
 
 Forward: random weights, the published configuration, latents of 64 x 64, batch 1, rank 64 on every layer that the LCM
-scripts adapt; channels last, the faster order for all of them on a CPU. All providers share one copy of the weights. `base` is the network that we run, fused operators and all,
-without its adapter: our time over its time is what the adapter costs; `diffusers` is the network as diffusers runs it.
-Ours is judged by PEFT's output: both compute in float32, so they may differ by roundings alone.
+scripts adapt; channels last, the faster order for all of them on a CPU. All providers share one copy of the weights.
+`base` is the network that we run, fused operators and all, without its adapter: our time over its time is what the
+adapter costs; `diffusers` is the network as diffusers runs it. Ours is judged by PEFT's output: both compute in
+float32, so they may differ by roundings alone.
 
 Forward with backward (`attention_linears`): the ten linear layers of a transformer block at each width, gradients of
 the inputs and of every adapter, against PEFT's layers over the same weights.

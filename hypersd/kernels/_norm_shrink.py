@@ -172,7 +172,7 @@ def backward(
     """Fills dx where given; returns (dweight, dbias) as (2, k) float32, or nothing."""
     r = a.shape[0]
     m, k, chosen, options = _launch(x, r)
-    blocks = chosen.blocks | {"BLOCK_R": min(64, chosen.blocks["BLOCK_R"])}
+    blocks = {**chosen.blocks, "BLOCK_R": min(64, chosen.blocks["BLOCK_R"])}
     programs = triton.cdiv(m, blocks["BLOCK_M"])
     sums = x.new_empty((programs, 2, k), dtype=torch.float32) if need_affine else None
     with _rows.on_device(x):

@@ -204,8 +204,8 @@ def _forms(
     scale, scale_tensor = _lora.on_host(scale, scale_tensor)
     form = _form(x, weight, a, stride, padding, keep)
     if form == "rows":
-        y, s = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep)
-        return y, s.view(y.shape[0], *y.shape[2:], a.shape[0]).permute(0, 3, 1, 2) if keep else s
+        y, narrow = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep)
+        return y, narrow.view(y.shape[0], *y.shape[2:], a.shape[0]).permute(0, 3, 1, 2) if keep else narrow
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
     y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
     layout = _layout(x, weight)

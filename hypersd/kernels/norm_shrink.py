@@ -1,10 +1,10 @@
 """norm_shrink: y = (x - mean) rstd weight + bias over the last dimension, and S = y a^T in the same pass
 
 LayerNorm (Ba et al. 2016, arXiv:1607.06450) and the rank-wide product of the LoRA layers that read it: q, k and v, or
-the projection of a feed-forward layer. `lora_expand` takes S from there.
+the projection of a feed-forward layer; their a may be stacked.
 
     bytes: x read, y and S written: (2 M K + M r) itemsize     flops: 2 M K r + 8 M K      launches: 1   (x is M x K)
-    replaces: LayerNorm and x a^T, 3 M K + M r; one reading of y less for each further layer whose a is stacked
+    replaces: LayerNorm and y a^T, 3 M K + M r; one reading of y less for each further layer whose a is stacked
     backward: g = dY + dS a;  dx = rstd (weight g - m(weight g) - x^ m(weight g x^)), m the mean over K, x^ = (x - mean)
               rstd;  dweight = sum g x^, dbias = sum g over the rows;  da = dS^T y
     arithmetic: float32 (float64 if x is float64); y is rounded before it is multiplied, as by two operators
@@ -89,6 +89,7 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: 
         raise TypeError(f"a: got {a.dtype}, expected {x.dtype} as x")
     if a.device != x.device:
         raise ValueError(f"a: got device {a.device}, expected {x.device} as x")
+    _rows.check_real("eps", eps, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- ATen and Triton
@@ -96,10 +97,9 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(x, weight, bias) as ATen's LayerNorm takes them with float32 statistics: 16 bit beside float32 on a CPU."""
-    work = _rows.work_dtype(x)
-    like = {"dtype": work, "device": x.device}
-    weight = torch.ones(x.shape[-1], **like) if weight is None else weight.to(work)
-    bias = torch.zeros(x.shape[-1], **like) if bias is None else bias.to(work)
+    work, width = _rows.work_dtype(x), x.shape[-1]
+    weight = x.new_ones(width, dtype=work) if weight is None else weight.to(work)
+    bias = x.new_zeros(width, dtype=work) if bias is None else bias.to(work)
     return (x if x.device.type == "cpu" else x.to(work)), weight, bias
 
 
@@ -110,11 +110,8 @@ def _fallback(
     wide, scale, shift = _affine(x.reshape(-1, width), weight, bias)
     y, mean, rstd = torch.native_layer_norm(wide, (width,), scale, shift, eps)
     y = y.to(x.dtype)
-    return (
-        y.view(x.shape),
-        y.mm(a.t()).view(*x.shape[:-1], -1 if y.numel() else a.shape[0]),
-        *(t.view(-1).to(work) for t in (mean, rstd)),
-    )
+    s = y.mm(a.t()).view(*x.shape[:-1], a.shape[0])
+    return y.view(x.shape), s, mean.view(-1).to(work), rstd.view(-1).to(work)
 
 
 def _fake(
@@ -131,7 +128,7 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     width = x.shape[-1]
     rows = x.reshape(-1, width)
-    dy, ds = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, ds))
+    dy, ds = (None if t is None else t.reshape(rows.shape[0], t.shape[-1]) for t in (dy, ds))
     outputs = [x.new_empty(0) for _ in range(4)]
     if need_x or need_affine:
         if ds is None:

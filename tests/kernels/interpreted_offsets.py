@@ -1,8 +1,8 @@
 """Tensors of more than 2^31 elements: every address that a kernel computes lies in its tensor, up to the last element.
 
 The tensors are mappings of memory that nobody has written, so that only the touched pages exist; of each launch the
-last program runs, whose addresses are the highest. Arithmetic is the interpreter's: as wide as on a GPU. Run by
-test_interpreter.py, as interpreted.py is.
+last program runs, whose addresses are the highest (the last of each of two gradients that share a launch). Arithmetic
+is the interpreter's: as wide as on a GPU. Run by test_interpreter.py, as interpreted.py is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ BIG: list[tuple[str, str, dict[int, int], bool]] = [
     ("lora_linear", "odd", {7: 14_601, 11: 49_201}, True),
     ("lora_linear_routed", "odd", {7: 26_281, 13: 16_401}, True),
     ("lora_linear_routed", "odd", {7: 26_281, 11: 16_401}, True),
+    ("norm_shrink", "odd", {7: 17_335, 21: 41_301}, True),
     ("score_gradient", "odd", {11: 20_460_001}, False),
 ]
 
@@ -97,14 +98,19 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> Addresses:
         kwargs = {k: v for k, v in kwargs.items() if k in known.args or k in known.kwonlyargs}
         scope = interpreter._patch_lang(self.fn)
         values = inspect.getcallargs(self.fn, *args, **kwargs)
+        loops = ("BLOCK_K", "BLOCK_M") if "chunk" in values else ("BLOCK_K",)
+        values |= {block: 2048 for block in loops if block in values}  # the same addresses in fewer steps
         tensors = [v for v in values.values() if isinstance(v, Tensor)]
         cast = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in values.items()}
         grid = (*self.grid, 1, 1)[:3]
+        last = tuple(count - 1 for count in grid)
+        places = {last, (last[0], values["tiles_k"] - 1, last[2])} if "tiles_k" in values else {last}
         found.begin(tensors)
         try:
             interpreter.interpreter_builder.set_grid_dim(*grid)
-            interpreter.interpreter_builder.set_grid_idx(*(count - 1 for count in grid))
-            self.fn(**cast)
+            for place in places:
+                interpreter.interpreter_builder.set_grid_idx(*place)
+                self.fn(**cast)
         finally:
             scope.restore()
         found.end(tensors, self.fn.__name__)

@@ -43,7 +43,7 @@ def gradients(inputs: dict, stride: int, scale: float | Tensor = 0.7) -> tuple[T
 @pytest.fixture
 def take(monkeypatch):
     def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
-        monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
+        monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
         monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
         plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
         monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)

@@ -45,7 +45,7 @@ def take(monkeypatch):
     """Force a form of each of y, dX and (dA, dB)."""
 
     def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
-        monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
+        monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
         monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
         plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
         monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)
@@ -267,7 +267,7 @@ def test_16_bit_rules(sizes):
 
 def test_explain_shows_the_forms(monkeypatch):
     case = next(c for c in op_file.CASES if c.name == "sd15_4096x320x320").inputs()
-    monkeypatch.setattr(_lora_rows, "takes", lambda *args: False)
+    monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
     said = str(explain(lora_linear, **case))
     chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, "cpu")
     assert "lora_linear on cpu: aten" in said
