@@ -187,7 +187,7 @@ def ours(
             "stages": [STAGE | {"iterations": steps}],
         }
     )
-    components = SimpleNamespace(unet=unet, scheduler_config=SCHEDULE)
+    components = SimpleNamespace(network=unet, scheduler_config=SCHEDULE)
     trainer = Trainer(recipe, components, data, folder, progress=lambda stage, step, total, loss: after(step - 1, loss))  # type: ignore[arg-type]
     with torch.no_grad():
         for role in (STUDENT, EMA):

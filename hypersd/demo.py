@@ -21,7 +21,6 @@ from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
 from hypersd.files import atomic_write
 from hypersd.models.export import load_lora
-from hypersd.models.noise_process import NoiseProcess
 from hypersd.resolve import has_bfloat16, load_dataset, load_model, pick_device, scene_references, writable
 from hypersd.sampling.sampler import sampler_for
 
@@ -83,7 +82,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
         )  # fmt: skip
         backbone = trainer.run()
         reference, zero = scene_references(plan.samples, seed, VARIETY)
-        process = NoiseProcess.from_config(components.scheduler_config)
+        process = components.noise_process()
         _, metadata = load_lora(training / "lora.safetensors")
         evaluation = evaluate(
             components, backbone, reference, judge, zero=zero, role="ema", steps=STEPS, teacher_steps=TEACHER_STEPS,

@@ -14,25 +14,26 @@ from hypersd.distill.captions import pairs
 from hypersd.distill.recipe import Recipe
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
-from hypersd.models.lora import LCM_TARGETS, LoraSpec
+from hypersd.models.load import network_folder
+from hypersd.models.lora import LoraSpec
+from hypersd.models.networks import default_targets
 from hypersd.resolve import model_folder
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def network_skeleton(folder: Path) -> torch.nn.Module:
-    """The model's UNet without its weights (meta device). Raises HypersdError where its config is missing or wrong."""
-    import diffusers
-
-    path = folder / "unet" / "config.json"
+    """The model's network without its weights (meta device). HypersdError where its config is missing or wrong."""
+    part, cls = network_folder(folder)
+    path = part / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
         with torch.device("meta"):
-            return diffusers.UNet2DConditionModel.from_config(config)
+            return cls.from_config(config)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise HypersdError(f"{path} is missing; model.path must be a folder in the diffusers layout") from None
     except (ValueError, TypeError, OSError) as error:
-        raise HypersdError(f"{path} does not describe a UNet: {str(error).splitlines()[0]}") from None
+        raise HypersdError(f"{path} does not describe a {cls.__name__}: {str(error).splitlines()[0]}") from None
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     folder = model_folder(recipe.model.path)
     network = network_skeleton(folder)
     base = sum(p.numel() for p in network.parameters())
-    spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or LCM_TARGETS)
+    spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or default_targets(network))
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
     roles = 2 + any(stage.needs_previous and (i > 0 or stage.improves) for i, stage in enumerate(recipe.stages))

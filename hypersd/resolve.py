@@ -213,11 +213,11 @@ def load_with_lora(
 ) -> tuple[Backbone, Components, NoiseProcess]:
     """A model with the LoRA as role "lora" (none where `state` is empty), and its noise process."""
     components = load_model(model, device)
-    backbone = Backbone(components.unet, roles=())
+    backbone = Backbone(components.network, roles=())
     if state:
         _check_base(backbone, metadata, model)
         backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
-    return backbone, components, NoiseProcess.from_config(components.scheduler_config)
+    return backbone, components, components.noise_process()
 
 
 def _check_base(backbone: Backbone, metadata: Mapping[str, str], model: str) -> None:

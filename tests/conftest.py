@@ -1,4 +1,4 @@
-"""Tiny random models in the shapes of SD1.5 and SDXL, and nothing that needs a network or a GPU."""
+"""Tiny random models in the shapes of SD1.5, SDXL, SD3 and FLUX, and nothing that needs a network or a GPU."""
 
 from __future__ import annotations
 
@@ -147,22 +147,55 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_model(folder: Path, unet, vae, text_encoders: list, pipeline: str, **index) -> Path:
+def make_t5(width: int):
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(4)
+    config = T5Config(vocab_size=260, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    """Single letters, in the files of T5's fast tokenizer: padding 0, end 1, unknown 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = [chr(i) for i in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "pad_token": "<pad>", "extra_ids": 0}
+    config |= {"eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+FLUX_SCHEDULER = FLOW_SCHEDULER | {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def write_model(
+    folder: Path, network, vae, text_encoders: list, pipeline: str, scheduler: dict = SCHEDULER, **index
+) -> Path:
     entries = {"_class_name": pipeline, "_diffusers_version": "0.36.0", **index}
-    for name, model, library in [
-        ("unet", unet, "diffusers"),
-        ("vae", vae, "diffusers"),
-        *((f"text_encoder{'_2' * i}", encoder, "transformers") for i, encoder in enumerate(text_encoders)),
-    ]:
+    kind = "unet" if "UNet" in type(network).__name__ else "transformer"
+    for name, model in ((kind, network), ("vae", vae)):
         model.save_pretrained(folder / name)
-        entries[name] = [library, type(model).__name__]
-    for i in range(len(text_encoders)):
-        name = f"tokenizer{'_2' * i}"
-        write_tokenizer(folder / name)
-        entries[name] = ["transformers", "CLIPTokenizer"]
+        entries[name] = ["diffusers", type(model).__name__]
+    for i, encoder in enumerate(text_encoders):
+        end = f"_{i + 1}" if i else ""
+        entries[f"text_encoder{end}"] = entries[f"tokenizer{end}"] = [None, None]
+        if encoder is None:
+            continue
+        encoder.save_pretrained(folder / f"text_encoder{end}")
+        is_t5 = "T5" in type(encoder).__name__
+        (write_t5_tokenizer if is_t5 else write_tokenizer)(folder / f"tokenizer{end}")
+        entries[f"text_encoder{end}"] = ["transformers", type(encoder).__name__]
+        entries[f"tokenizer{end}"] = ["transformers", "T5TokenizerFast" if is_t5 else "CLIPTokenizer"]
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    entries["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    entries["scheduler"] = ["diffusers", scheduler["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(entries))
     return folder
 
@@ -216,3 +249,29 @@ def tiny_sdxl_folder(tmp_path_factory) -> Path:
         "StableDiffusionXLPipeline",
         force_zeros_for_empty_prompt=True,
     )
+
+
+def write_sd3(folder: Path, t5: bool = True) -> Path:
+    """A model folder shaped like SD3: 4x16x16 latents, a VAE with a shift, T5 with 12 tokens."""
+    encoders = [make_text_encoder(projected=True), make_text_encoder(projected=True), make_t5(64) if t5 else None]
+    vae = make_vae(scaling_factor=1.5305, shift_factor=0.0609)
+    return write_model(
+        folder, make_sd3(), vae, encoders, "StableDiffusion3Pipeline", FLOW_SCHEDULER, max_sequence_length=12
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory) -> Path:
+    """A model folder shaped like SD3, T5 included; read only."""
+    return write_sd3(tmp_path_factory.mktemp("tiny_sd3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory) -> Path:
+    """A model folder shaped like FLUX.1-dev: dynamic shift, embedded guidance; read only. Name a resolution: FLUX's own
+    128x128 latents are a lot for a test."""
+    vae = make_vae(scaling_factor=0.3611, shift_factor=0.1159)
+    return write_model(
+        tmp_path_factory.mktemp("tiny_flux"), make_flux(), vae, [make_text_encoder(), make_t5(32)], "FluxPipeline",
+        FLUX_SCHEDULER, max_sequence_length=12,
+    )  # fmt: skip

@@ -138,7 +138,7 @@ def make_trainer(
     train |= {"checkpoint_every": 2}
     stages = [{"method": "tscd", "segments": k, "iterations": iterations} for k in segments]
     recipe = Recipe.model_validate({"lora": {"rank": 4, "alpha": 4.0}, "train": train, "stages": stages})
-    components = SimpleNamespace(unet=make_unet().to(device), scheduler_config=SCHEDULER)
+    components = SimpleNamespace(network=make_unet().to(device), scheduler_config=SCHEDULER)
     return training.Trainer(recipe, components, data, folder)
 
 

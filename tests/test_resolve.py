@@ -68,7 +68,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, tiny_sd_folder: Path) -> Non
 
 def test_merge_by_the_command_line(tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Strengths, exactness, rank and format; how to sample comes from the first file."""
-    backbone = Backbone(load_components(tiny_sd_folder).unet, LoraSpec(3, 6.0), roles=("a", "b"))
+    backbone = Backbone(load_components(tiny_sd_folder).network, LoraSpec(3, 6.0), roles=("a", "b"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for role in ("a", "b"):

@@ -57,6 +57,12 @@ class LatentDataset:
         return int(self._starts[-1])
 
     @property
+    def latent_size(self) -> tuple[int, int]:
+        """(height, width) of the latents."""
+        height, width = self.shards[0]["latents"].shape[-2:]
+        return int(height), int(width)
+
+    @property
     def fingerprint(self) -> str:
         """Equal for data sets of the same captions and latent shapes in the same order."""
         shapes = [{name: list(tensor.shape) for name, tensor in sorted(shard.items())} for shard in self.shards]

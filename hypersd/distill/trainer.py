@@ -47,7 +47,8 @@ from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
-from hypersd.models.lora import LCM_TARGETS, LoraSpec
+from hypersd.models.lora import LoraSpec
+from hypersd.models.networks import default_targets
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.prompts import decode_latents
 from hypersd.models.rewards import Reward
@@ -74,9 +75,9 @@ class Progress(Protocol):
 class Trainer:
     """Runs the stages of a recipe on one network.
 
-    components: unet and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone that
-    is otherwise put around the unet: any `Denoiser` without roles yet. rewards, structure: what a feedback stage
-    names (see method.Context). Under out_dir: `checkpoint.safetensors`, `metrics.jsonl`,
+    components: network and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone
+    that is otherwise put around the network: any `Denoiser` without roles yet. rewards, structure: what a feedback
+    stage names (see method.Context). Under out_dir: `checkpoint.safetensors`, `metrics.jsonl`,
     `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last; while a run lasts, and after one
     that warned, `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
     """
@@ -96,8 +97,8 @@ class Trainer:
         self.recipe, self.dataset, self.out_dir = recipe, dataset, Path(out_dir)
         self.progress, self.components = progress, components
         self.rewards, self.structure = rewards or {}, structure
-        self.process = NoiseProcess.from_config(components.scheduler_config)
-        self.backbone: Any = backbone if backbone is not None else self._wrap(components.unet)
+        self.process = NoiseProcess.from_config(components.scheduler_config, latent_size=dataset.latent_size)
+        self.backbone: Any = backbone if backbone is not None else self._wrap(components.network)
         self._add_student()
         self.device = next(iter(self.backbone.role_parameters(STUDENT).values())).device
         self.uncond = {k: v.to(self.device) for k, v in dataset.uncond.items()}
@@ -142,13 +143,14 @@ class Trainer:
             torch.set_num_threads(threads)
         return self.backbone
 
-    def _wrap(self, unet: torch.nn.Module) -> Backbone:
+    def _wrap(self, network: torch.nn.Module) -> Backbone:
         train, lora = self.recipe.train, self.recipe.lora
         dtype = getattr(torch, train.dtype)
-        on_cpu = next(unet.parameters()).device.type == "cpu"
-        # not unet.to(): that of diffusers warns about every cast
-        torch.nn.Module.to(unet, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        backbone = Backbone(unet, LoraSpec(lora.rank, lora.alpha, lora.targets or LCM_TARGETS), roles=())
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        # not network.to(): that of diffusers warns about every cast
+        torch.nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        targets = lora.targets or default_targets(network)
+        backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, targets), roles=())
         if on_cpu:
             backbone.fuse()
         if train.gradient_checkpointing == "full":
@@ -198,7 +200,7 @@ class Trainer:
                 self._add_student()
         if self.step == 0:
             self._change_roles(stage.roles)
-        decode = None if self.components.unet is None else functools.partial(decode_latents, self.components)
+        decode = None if self.components.network is None else functools.partial(decode_latents, self.components)
         context = Context(self.backbone, self.process, self.uncond, previous, decode, self.rewards, self.structure)
         with _seeded(self.recipe.train.seed + self.stage):
             return METHODS[type(stage)](stage, context)

@@ -29,7 +29,6 @@ from hypersd.evaluate.run import Judge, Reference, batches
 from hypersd.files import atomic_write
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import load_components
-from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.prompts import decode_latents, encode_images
 from hypersd.sampling.solvers import ddim
 from hypersd.sampling.timesteps import trailing
@@ -97,8 +96,8 @@ def measure(
             document["rows"] = known["rows"]
     components = load_components(folder, dtype=dtype, device=device)
     size = 64 if device == "cpu" else 1000  # pictures at a time
-    backbone = Backbone(components.unet, roles=())
-    process = NoiseProcess.from_config(components.scheduler_config)
+    backbone = Backbone(components.network, roles=())
+    process = components.noise_process()
     scenes, others = render(seed + 1_000_000, samples, "heldout"), render(seed + 2_000_000, samples, "heldout")
     judge = evaluators.load("judge", device)
     reference = Reference(scenes.images, scenes.captions, scenes.objects)
@@ -143,7 +142,7 @@ def measure(
 def draw(path: Path, guidance_scale: float, seed: int, count: int = 6) -> None:
     """A picture of held-out captions: two real scenes and four samples of the teacher for each."""
     components = load_components(model_folder())
-    process, backbone = NoiseProcess.from_config(components.scheduler_config), Backbone(components.unet, roles=())
+    process, backbone = components.noise_process(), Backbone(components.network, roles=())
     table = ddim(process, trailing(TEACHER_STEPS, process.num_train_timesteps)).guided(guidance_scale)
     scenes = render(seed + 3_000_000, count, "heldout")
     things = zip(scenes.objects, scenes.background, strict=True)

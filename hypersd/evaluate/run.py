@@ -15,7 +15,6 @@ from hypersd.evaluate.generate import generate, to_float, to_uint8
 from hypersd.evaluate.metrics import Moments, bootstrap_interval, diversity, frechet_distance, object_recall
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components
-from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.prompts import decode_latents, encode_images
 from hypersd.sampling.solvers import Table, ddim
 from hypersd.sampling.timesteps import trailing
@@ -158,7 +157,7 @@ def evaluate(
     independent set of real pictures; its row is what a perfect model would score. variety: (captions, pictures of each)
     for diversity. The first `grid` pictures of every row are kept. judge_device: where evaluator and extractor are.
     """
-    process = NoiseProcess.from_config(components.scheduler_config)
+    process = components.noise_process()
     judge = Judge(evaluator, extractor or evaluator.features, reference, device=judge_device)
     result = Evaluation(captions=reference.captions[:grid])
     _judge_reals(result, judge, zero, components, backbone)

@@ -1,4 +1,4 @@
-"""Load a diffusers-layout folder (SD1.5 or SDXL shaped), safetensors only, never touching the network."""
+"""Load a diffusers-layout folder (SD1.5, SDXL, SD3 or FLUX shaped): safetensors only, never touching the internet."""
 
 from __future__ import annotations
 
@@ -15,97 +15,183 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hypersd.errors import HypersdError
+from hypersd.models import networks
+from hypersd.models.noise_process import NoiseProcess
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # from 0.40 on diffusers says dtype, as transformers does, and warns of the old name
 _OLD_DIFFUSERS = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 40)
 
 
+# of each kind of folder: what its network is called, its text encoders in the order of their tokenizers, and those of
+# them that it can do without
+_LAYOUTS = {
+    "unet": ("unet", ("text_encoder", "text_encoder_2"), ("text_encoder_2",)),
+    "sd3": ("transformer", ("text_encoder", "text_encoder_2", "text_encoder_3"), ("text_encoder_3",)),
+    "flux": ("transformer", ("text_encoder", "text_encoder_2"), ()),
+}
+# tokens of T5, and latents along a side of a picture, where the folder does not say it: those of diffusers' pipelines
+_SEQUENCE_LENGTH = {"sd3": 256, "flux": 512}
+_FLUX_SIZE = 128
+
+
 @dataclass
 class Components:
-    """The parts of one text-to-image model, frozen and in eval mode."""
+    """The parts of one text-to-image model, frozen and in eval mode.
 
-    unet: Any  # UNet2DConditionModel
+    `text_encoders` and `tokenizers`: SD1.5 one CLIPTextModel; SDXL that and a CLIPTextModelWithProjection; SD3 two
+    CLIPTextModelWithProjection and a T5EncoderModel, which is None where the folder comes without; FLUX a CLIPTextModel
+    and a T5EncoderModel. `max_sequence_length`: tokens of T5. `resolution`: (height, width) in pixels where pictures
+    shall have another size than the model's own.
+    """
+
+    network: Any  # UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel
     vae: Any  # AutoencoderKL
-    text_encoders: list[Any]  # CLIPTextModel, and for SDXL CLIPTextModelWithProjection
+    text_encoders: list[Any]
     tokenizers: list[Any]
     scheduler_config: dict[str, Any]
     folder: Path
     force_zeros_for_empty_prompt: bool = False
+    max_sequence_length: int = 0
+    resolution: tuple[int, int] | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return next(self.network.parameters()).dtype
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the model's own picture size."""
-        size = self.unet.config.sample_size
+        """(C, H, W) of one latent, at `resolution` or the model's own picture size. Raises HypersdError for a
+        resolution that the model cannot have."""
+        channels = networks.latent_channels(self.network)
+        if self.resolution is not None:
+            if any(side < 1 or side % self.pixel_multiple for side in self.resolution):
+                raise HypersdError(
+                    f"a picture of {self.resolution[0]} x {self.resolution[1]} pixels is not possible with this model; "
+                    f"take multiples of {self.pixel_multiple}"
+                )
+            height, width = (side // self.vae_scale_factor for side in self.resolution)
+            return channels, height, width
+        size = _FLUX_SIZE if networks.kind(self.network) == "flux" else self.network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)
+        return channels, int(height), int(width)
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def pixel_multiple(self) -> int:
+        """What the sides of a picture are multiples of."""
+        return self.vae_scale_factor * networks.patch_size(self.network)
+
+    def noise_process(self, latent_size: tuple[int, int] | None = None) -> NoiseProcess:
+        """The noise process, for latents of this (height, width), `latent_shape` unless given: on them depends the
+        shift of flow models that shift dynamically (FLUX)."""
+        return NoiseProcess.from_config(self.scheduler_config, latent_size=latent_size or self.latent_shape[1:])
+
     def to(self, device: str | torch.device) -> Components:
-        for module in (self.unet, self.vae, *self.text_encoders):
-            module.to(device)
+        for module in (self.network, self.vae, *self.text_encoders):
+            if module is not None:
+                module.to(device)
         return self
 
 
 def load_components(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    network_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> Components:
-    """Load UNet, VAE, text encoders, tokenizers and scheduler config from `folder`.
+    """Load network, VAE, text encoders, tokenizers and scheduler config from `folder`.
 
-    One text encoder (SD1.5) or two (SDXL). `dtype` applies to all but a VAE that asks for fp32 (`force_upcast`).
+    A folder with `unet` is SD1.5 (one text encoder) or SDXL (two); one with `transformer` is SD3 (two and, unless it is
+    left out, T5) or FLUX (CLIP and T5). `dtype` applies to all but a VAE that asks for fp32 (`force_upcast`) and the
+    network, if it has a `network_dtype` of its own.
     Raises HypersdError, one line, for: no such folder, no or a wrong model_index.json, a missing part or file, weights
     that exist only as pickles, truncated safetensors, weights that do not fit the config.
     """
     folder = Path(folder)
-    index = _read_index(folder)
-    unet = _load_part(folder, index, "unet", dtype)
+    index = read_index(folder)
+    layout = layout_of(folder, index)
+    name, encoders, optional = _LAYOUTS[layout]
+    network = _load_part(folder, index, name, network_dtype or dtype)
     upcast = _read_json(folder / "vae" / "config.json").get("force_upcast", False)
     vae = _load_part(folder, index, "vae", torch.float32 if upcast else dtype)
-    names = [name for name in ("text_encoder", "text_encoder_2") if _is_listed(index, name)]
-    if not names:
-        raise HypersdError(f"{folder}/model_index.json lists no text_encoder; only text-to-image models can be loaded")
-    text_encoders = [_load_part(folder, index, name, dtype) for name in names]
-    tokenizers = [_load_tokenizer(folder, index, name.replace("text_encoder", "tokenizer")) for name in names]
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    text_encoders, tokenizers = [], []
+    for encoder in encoders:
+        if _is_listed(index, encoder):
+            if encoder in optional and not (folder / encoder).is_dir():
+                raise HypersdError(
+                    f"{folder}/{encoder} is missing; copy it, or say {encoder}: [null, null] in model_index.json to do "
+                    "without"
+                )
+            text_encoders.append(_load_part(folder, index, encoder, dtype))
+            tokenizers.append(_load_tokenizer(folder, index, encoder.replace("text_encoder", "tokenizer")))
+        elif layout == "sd3":  # T5 has a place even where it is left out
+            text_encoders.append(None)
+            tokenizers.append(None)
     components = Components(
-        unet=unet,
+        network=network,
         vae=vae,
         text_encoders=text_encoders,
         tokenizers=tokenizers,
-        scheduler_config=scheduler_config,
+        scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
         folder=folder,
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
+        max_sequence_length=int(index.get("max_sequence_length", _SEQUENCE_LENGTH.get(layout, 0))),
     )
-    for module in (unet, vae, *text_encoders):
-        module.requires_grad_(False).eval()
+    for module in (network, vae, *text_encoders):
+        if module is not None:
+            module.requires_grad_(False).eval()
     return components.to(device)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json; HypersdError where there is none or it cannot be read."""
     if not folder.is_dir():
         raise HypersdError(f"no model folder at {folder}; give a folder in the diffusers layout")
     if not (folder / "model_index.json").is_file():
         raise HypersdError(f"{folder} has no model_index.json; give a folder in the diffusers layout")
-    index = _read_json(folder / "model_index.json")
-    for name in ("unet", "vae", "tokenizer", "text_encoder"):
-        if not _is_listed(index, name):
+    return _read_json(folder / "model_index.json")
+
+
+def layout_of(folder: Path, index: dict[str, Any]) -> str:
+    """ "unet", "sd3" or "flux"; HypersdError where the index lacks a part of it, or describes something else."""
+    classes = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+    layout = "unet"
+    if _is_listed(index, "transformer"):
+        layout = classes.get(index["transformer"][1], "")
+    if not layout:
+        raise HypersdError(
+            f"{folder}/model_index.json has a {index['transformer'][1]} for transformer, which is not supported; "
+            f"known are {', '.join(classes)}"
+        )
+    name, encoders, optional = _LAYOUTS[layout]
+    required = [name, "vae"]
+    for encoder in encoders:
+        if encoder not in optional:
+            required += [encoder.replace("text_encoder", "tokenizer"), encoder]
+    for part in required:
+        if not _is_listed(index, part):
             raise HypersdError(
-                f"{folder}/model_index.json ({index.get('_class_name', 'no _class_name')}) lists no {name}; "
-                "only UNet text-to-image models (SD1.5, SDXL) can be loaded"
+                f"{folder}/model_index.json ({index.get('_class_name', 'no _class_name')}) lists no {part}; "
+                "only text-to-image models (SD1.5, SDXL, SD3, FLUX) can be loaded"
             )
-    return index
+    return layout
+
+
+def network_folder(folder: Path) -> tuple[Path, type]:
+    """Where the network of a model folder lies, and its class. Raises HypersdError as `load_components` does."""
+    index = read_index(folder)
+    name = _LAYOUTS[layout_of(folder, index)][0]
+    return folder / name, _class_of(folder, index, name)
 
 
 def _is_listed(index: dict[str, Any], name: str) -> bool:
@@ -162,8 +248,10 @@ def _load_tokenizer(folder: Path, index: dict[str, Any], name: str) -> Any:
         raise HypersdError(f"{folder}/model_index.json lists no {name}")
     cls: Any = _class_of(folder, index, name)
     part = folder / name
-    if not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        raise HypersdError(f"{part} has neither tokenizer.json nor vocab.json; the model folder is incomplete")
+    if not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
+        raise HypersdError(
+            f"{part} has none of tokenizer.json, vocab.json and spiece.model; the model folder is incomplete"
+        )
     with _loading(part):
         return cls.from_pretrained(part, local_files_only=True)
 

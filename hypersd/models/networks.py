@@ -72,6 +72,17 @@ def latent_channels(network: Any) -> int:
     return channels // 4 if kind(network) == "flux" else channels
 
 
+def patch_size(network: Any) -> int:
+    """Latent pixels along a side of what the network sees as one token; 1 where it sees pixels."""
+    match kind(network):
+        case "sd3":
+            return int(network.config.patch_size)
+        case "flux":
+            return 2
+        case _:
+            return 1
+
+
 def embeds_guidance(network: Any) -> bool:
     """Whether the network is told a guidance scale (guidance-distilled FLUX) instead of being run twice."""
     return kind(network) == "flux" and bool(network.config.guidance_embeds)

@@ -22,6 +22,7 @@ from hypersd.errors import HypersdError
 Array = NDArray[np.float64]
 
 _VP_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class NoiseProcess:
     alpha, sigma: float64, shape (T,). Wherever a timestep is taken, -1 means the final point of sampling,
     (final_alpha, final_sigma): alpha_0, sigma_0 for models whose scheduler says `set_alpha_to_one = False` (SD1.5,
     SDXL), 1 and 0 otherwise. `kind` is "vp" or "flow"; `prediction_type` says what the network outputs:
-    "epsilon", "v_prediction", "sample" (VP) or "flow_prediction" (flow, v = eps - x_0).
+    "epsilon", "v_prediction", "sample" (VP) or "flow_prediction" (flow, v = eps - x_0). `shift` is the m of a flow
+    schedule, sigma = m u / (1 + (m - 1) u) with u = (t + 1) / T; `is_dynamic` says that it comes from the picture size.
     Raises HypersdError for levels that leave a coefficient non-finite (epsilon prediction at zero terminal SNR).
     """
 
@@ -41,6 +43,8 @@ class NoiseProcess:
     sigma: Array
     final_alpha: float
     final_sigma: float
+    shift: float = 1.0
+    is_dynamic: bool = False
 
     def __post_init__(self) -> None:
         allowed = {"vp": _VP_PREDICTIONS, "flow": ("flow_prediction",)}.get(self.kind)
@@ -68,18 +72,25 @@ class NoiseProcess:
             )
 
     @classmethod
-    def from_config(cls, scheduler_config: Mapping[str, Any], *, mu: float | None = None) -> NoiseProcess:
+    def from_config(
+        cls,
+        scheduler_config: Mapping[str, Any],
+        *,
+        mu: float | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ) -> NoiseProcess:
         """The process of a diffusers scheduler config (a scheduler_config.json as a dict).
 
         A config with `shift`, `use_dynamic_shifting` or flow prediction is a flow model; anything else is VP with
-        `beta_schedule` linear, scaled_linear or squaredcos_cap_v2, or `trained_betas`. `mu` is the dynamic shift of
-        flow models that want one (it depends on the picture size). Raises HypersdError for what it cannot honour.
+        `beta_schedule` linear, scaled_linear or squaredcos_cap_v2, or `trained_betas`. Flow models with dynamic shift
+        want `mu`, or `latent_size`, the (height, width) of the latents that it depends on (`dynamic_mu`). Raises
+        HypersdError for what it cannot honour.
         """
         config = dict(scheduler_config)
         prediction = config.get("prediction_type") or "epsilon"
         is_flow = "FlowMatch" in str(config.get("_class_name", "")) or "shift" in config or "flow" in str(prediction)
         if is_flow or config.get("use_flow_sigmas"):
-            return cls._flow(config, mu)
+            return cls._flow(config, mu, latent_size)
         abar = torch.cumprod(1.0 - vp_betas(config), dim=0).numpy()
         return cls.from_alphas_cumprod(
             abar, prediction_type=prediction, set_alpha_to_one=bool(config.get("set_alpha_to_one", True))
@@ -100,19 +111,23 @@ class NoiseProcess:
         return cls("vp", prediction_type, alpha, sigma, *final)
 
     @classmethod
-    def _flow(cls, config: Mapping[str, Any], mu: float | None) -> NoiseProcess:
-        shift = float(config.get("shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            if mu is None:
-                raise HypersdError("this flow model shifts its schedule with the picture size; give mu")
+    def _flow(cls, config: Mapping[str, Any], mu: float | None, latent_size: tuple[int, int] | None) -> NoiseProcess:
+        for option in ("shift_terminal", "invert_sigmas", *_OTHER_SIGMAS):
+            if config.get(option):
+                raise HypersdError(f"the scheduler's {option} = {config[option]} is not supported for flow models")
+        shift, is_dynamic = float(config.get("shift", 1.0)), bool(config.get("use_dynamic_shifting"))
+        if is_dynamic:
+            if mu is None and latent_size is None:
+                raise HypersdError("this flow model shifts its schedule with the picture size; give mu or latent_size")
+            mu = dynamic_mu(config, latent_size) if mu is None and latent_size is not None else mu
+            assert mu is not None
             # e^mu / (e^mu + 1/sigma - 1) is the plain shift with factor e^mu
             shift = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
         if not (math.isfinite(shift) and shift > 0):
             raise HypersdError(f"the flow shift must be positive, got {shift}")
         steps = int(config.get("num_train_timesteps", 1000))
-        sigma = np.arange(1, steps + 1, dtype=np.float64) / steps
-        sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
-        return cls("flow", "flow_prediction", 1.0 - sigma, sigma, 1.0, 0.0)
+        sigma = shifted(np.arange(1, steps + 1, dtype=np.float64) / steps, shift)
+        return cls("flow", "flow_prediction", 1.0 - sigma, sigma, 1.0, 0.0, shift, is_dynamic)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -190,6 +205,20 @@ class NoiseProcess:
         if (variance < -1e-12).any():
             raise ValueError("renoise goes from a cleaner level to a noisier one; s lies above t")
         return np.stack((scale, np.sqrt(np.maximum(variance, 0.0))), axis=-1)
+
+
+def shifted(sigma: ArrayLike, shift: float) -> Array:
+    """m sigma / (1 + (m - 1) sigma), the time shift of flow models (Esser et al. 2024, eq. 23)."""
+    sigma = np.asarray(sigma, dtype=np.float64)
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def dynamic_mu(config: Mapping[str, Any], latent_size: tuple[int, int]) -> float:
+    """log of the shift of FLUX for latents (height, width): linear in the number of tokens, each 2x2 latents."""
+    tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (tokens - few) / (many - few)
 
 
 def vp_betas(config: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> torch.Tensor:

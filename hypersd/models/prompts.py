@@ -1,13 +1,15 @@
-"""Captions to conditions, pictures to latents and back: the frozen parts around the UNet."""
+"""Captions to conditions, pictures to latents and back: the frozen parts around the network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypersd.errors import HypersdError
+from hypersd.models import networks
 from hypersd.models.load import Components
 
 
@@ -18,37 +20,88 @@ def encode_prompts(components: Components, captions: Sequence[str]) -> dict[str,
     SD1.5: `encoder_hidden_states` (B, tokens, dim), the last hidden state. SDXL: the penultimate hidden states of both
     encoders side by side, `text_embeds` (B, dim) from the second one, and `time_ids` (B, 6) = (original height, width,
     crop top, left, target height, width) for an uncropped picture of the model's own size (Podell et al. 2023, 2.2).
+    SD3: the penultimate hidden states of both CLIP encoders side by side, zeros up to T5's width, then T5's tokens
+    (zeros where it is left out), and `pooled_projections` (B, dim) of both side by side (Esser et al. 2024, figure 2).
+    FLUX: T5's tokens, and the `pooled_projections` of CLIP.
     """
     if not len(captions):
         raise HypersdError("no captions to encode")
+    match networks.kind(components.network):
+        case "sd3":
+            return _encode_sd3(components, list(captions))
+        case "flux":
+            pooled = _encode_clip(components, 0, list(captions)).pooler_output
+            return {"encoder_hidden_states": _encode_t5(components, list(captions)), "pooled_projections": pooled}
+        case _:
+            return _encode_sd(components, list(captions))
+
+
+def encode_null(components: Components, batch: int = 1, negative_prompt: str = "") -> dict[str, Tensor]:
+    """The unconditional condition: the empty string, or zeros where the model asks for them (SDXL); or what the picture
+    shall not be, a negative prompt."""
+    cond = encode_prompts(components, [negative_prompt])
+    if components.force_zeros_for_empty_prompt and not negative_prompt:
+        cond = {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in cond.items()}
+    return {name: value.expand(batch, *value.shape[1:]).clone() for name, value in cond.items()}
+
+
+def _encode_sd(components: Components, captions: list[str]) -> dict[str, Tensor]:
     is_pair = len(components.text_encoders) > 1
     states, pooled = [], None
-    for tokenizer, encoder in zip(components.tokenizers, components.text_encoders, strict=True):
-        ids = tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(components.device)
-        output = encoder(ids, output_hidden_states=is_pair)
+    for number in range(len(components.text_encoders)):
+        output = _encode_clip(components, number, captions, hidden=is_pair)
         states.append(output.hidden_states[-2] if is_pair else output.last_hidden_state)
         pooled = getattr(output, "text_embeds", None)
     cond = {"encoder_hidden_states": torch.cat(states, dim=-1)}
     if is_pair:
-        if pooled is None:
-            raise HypersdError(f"the second text encoder in {components.folder} has no projected (pooled) output")
-        cond["text_embeds"] = pooled
+        cond["text_embeds"] = _projected(components, 1, pooled)
         cond["time_ids"] = _time_ids(components).expand(len(captions), 6).clone()
     return cond
 
 
-def encode_null(components: Components, batch: int = 1) -> dict[str, Tensor]:
-    """The unconditional condition: the empty string, or zeros where the model asks for them (SDXL)."""
-    cond = encode_prompts(components, [""])
-    if components.force_zeros_for_empty_prompt:
-        cond = {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in cond.items()}
-    return {name: value.expand(batch, *value.shape[1:]).clone() for name, value in cond.items()}
+def _encode_sd3(components: Components, captions: list[str]) -> dict[str, Tensor]:
+    outputs = [_encode_clip(components, number, captions, hidden=True) for number in range(2)]
+    pooled = [_projected(components, i, getattr(output, "text_embeds", None)) for i, output in enumerate(outputs)]
+    clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    width = int(components.network.config.joint_attention_dim)
+    if components.text_encoders[2] is not None:
+        t5 = _encode_t5(components, captions)
+    else:
+        t5 = clip.new_zeros(len(captions), components.max_sequence_length, width)
+    if not clip.shape[-1] <= t5.shape[-1] == width:
+        raise HypersdError(
+            f"the text encoders in {components.folder} give tokens of width {clip.shape[-1]} (CLIP) and {t5.shape[-1]} "
+            f"(T5), the transformer wants {width}"
+        )
+    clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
+    return {
+        "encoder_hidden_states": torch.cat([clip, t5.to(clip.dtype)], dim=1),
+        "pooled_projections": torch.cat(pooled, dim=-1),
+    }
+
+
+def _encode_clip(components: Components, number: int, captions: list[str], hidden: bool = False) -> Any:
+    tokenizer, encoder = components.tokenizers[number], components.text_encoders[number]
+    ids = _token_ids(components, tokenizer, captions, tokenizer.model_max_length)
+    return encoder(ids, output_hidden_states=hidden)
+
+
+def _encode_t5(components: Components, captions: list[str]) -> Tensor:
+    """(B, max_sequence_length, dim); padding is encoded and seen like everything else."""
+    ids = _token_ids(components, components.tokenizers[-1], captions, components.max_sequence_length)
+    return components.text_encoders[-1](ids)[0]
+
+
+def _token_ids(components: Components, tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(components.device)
+
+
+def _projected(components: Components, number: int, pooled: Tensor | None) -> Tensor:
+    if pooled is None:
+        which = ("first", "second")[number]
+        raise HypersdError(f"the {which} text encoder in {components.folder} has no projected (pooled) output")
+    return pooled
 
 
 @torch.no_grad()
@@ -57,7 +110,7 @@ def encode_images(components: Components, images: Tensor, generator: torch.Gener
 
     With a generator the VAE posterior is sampled, without one its mode is taken.
     """
-    factor = components.vae_scale_factor
+    factor = components.pixel_multiple
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise HypersdError(
             f"pictures must be (batch, 3, H, W) with H and W multiples of {factor}, got {tuple(images.shape)}"

@@ -228,7 +228,7 @@ REWARDS = {"brightness": brightness, "darkness": lambda images, captions: -brigh
 
 def run(r: Any, out: Path, resume: bool = False, **options: Any) -> Trainer:
     vae = make_vae().requires_grad_(False)
-    components = SimpleNamespace(unet=make_unet(), vae=vae, scheduler_config=toy.SCHEDULER)
+    components = SimpleNamespace(network=make_unet(), vae=vae, scheduler_config=toy.SCHEDULER)
     trainer = Trainer(r, components, latents(), out, rewards=REWARDS, **options)
     trainer.run(resume=resume)
     return trainer

@@ -41,7 +41,7 @@ def latents(count: int = 12, width: int = 32) -> LatentDataset:
 
 
 def trainer(unet: torch.nn.Module, r: Recipe, out: Path, **options: Any) -> Trainer:
-    return Trainer(r, SimpleNamespace(unet=unet, scheduler_config=toy.SCHEDULER), latents(), out, **options)
+    return Trainer(r, SimpleNamespace(network=unet, scheduler_config=toy.SCHEDULER), latents(), out, **options)
 
 
 def toy_trainer(r: Recipe, out: Path, **options: Any) -> Trainer:

@@ -23,7 +23,7 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "set_alpha_to_one": False,
 }
-COMPONENTS = SimpleNamespace(scheduler_config=SCHEDULER, folder="toy", unet=None)
+COMPONENTS = SimpleNamespace(scheduler_config=SCHEDULER, folder="toy", network=None)
 PROCESS = NoiseProcess.from_config(SCHEDULER)
 MEANS = torch.tensor([[1.5, 0.0], [-0.9, 1.2], [-0.6, -1.4], [0.5, 1.6]], dtype=torch.float64)
 VARIANCE = 0.15**2

@@ -40,7 +40,7 @@ def components(tiny_sd_folder):
 
 @pytest.fixture(scope="module")
 def backbone(components):
-    backbone = Backbone(components.unet, LoraSpec(rank=4, alpha=4.0), roles=())
+    backbone = Backbone(components.network, LoraSpec(rank=4, alpha=4.0), roles=())
     backbone.add_role("student", generator=torch.Generator().manual_seed(0))
     for name, parameter in backbone.role_parameters("student").items():
         if name.endswith("lora_B.weight"):

@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_old_file(backbone, tmp_path):
 def test_a_diffusers_pipeline_loads_our_file(request, tmp_path, format, shape):
     folder = request.getfixturevalue(f"tiny_{shape}_folder")
     components = load_components(folder)
-    backbone = Backbone(components.unet, SPEC)
+    backbone = Backbone(components.network, SPEC)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in backbone.role_parameters("student").values():

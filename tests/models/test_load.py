@@ -42,7 +42,7 @@ def test_sdxl_conditions_equal_the_pipeline(tiny_sdxl_folder):
 
 def test_everything_is_frozen_and_in_the_dtype_asked_for(tiny_sdxl_folder):
     components = load_components(tiny_sdxl_folder, dtype=torch.bfloat16)
-    parts = (components.unet, components.vae, *components.text_encoders)
+    parts = (components.network, components.vae, *components.text_encoders)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert not any(part.training for part in parts)
     assert components.dtype == torch.bfloat16
@@ -84,7 +84,7 @@ def test_an_fp16_variant_is_found(tiny_sd_folder, tmp_path):
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(
         folder / "unet/diffusion_pytorch_model.fp16.safetensors"
     )
-    found, expected = (load_components(f).unet.state_dict() for f in (folder, tiny_sd_folder))
+    found, expected = (load_components(f).network.state_dict() for f in (folder, tiny_sd_folder))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -111,7 +111,7 @@ DAMAGE = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
     "bad index": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json cannot be read as JSON"),
     "list index": (lambda f: (f / "model_index.json").write_text("[]"), "does not hold a JSON object"),
-    "no unet": (lambda f: edit_json(f / "model_index.json", unet=...), "lists no unet; only UNet"),
+    "no unet": (lambda f: edit_json(f / "model_index.json", unet=...), "lists no unet; only text-to-image"),
     "other class": (
         lambda f: edit_json(f / "model_index.json", unet=["diffusers", "UNet9D"]),
         "wants diffusers.UNet9D for unet",
@@ -120,7 +120,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "unet/config.json").unlink(), "unet/config.json is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
     "no weights": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae holds no .safetensors"),
-    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer has neither tokenizer.json nor vocab"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer has none of tokenizer.json, vocab"),
     "pickle": (as_pickle, "only as a pickle .diffusion_pytorch_model.bin.; convert"),
     "disguised pickle": (as_disguised_pickle, "vae/diffusion_pytorch_model.safetensors is a pickle"),
     "truncated": (truncate, "text_encoder/model.safetensors is truncated or damaged"),

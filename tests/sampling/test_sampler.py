@@ -118,9 +118,9 @@ def test_equals_a_pipeline_with_guidance(tiny_sd_folder):
     prompts = ["a fox", "two red apples"]
     theirs = pipe(prompts, latents=x_T, num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
 
-    backbone = Backbone(components.unet, LoraSpec(rank=2, alpha=2))
+    backbone = Backbone(components.network, LoraSpec(rank=2, alpha=2))
     calls = []
-    handle = components.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    handle = components.network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     process = NoiseProcess.from_config(components.scheduler_config)
     denoise = denoiser(backbone, encode_prompts(components, prompts), null=encode_null(components, 2), role="base")
     ours = sample(denoise, ddim(process, trailing(4)).guided(3.0), x_T)
