@@ -46,9 +46,18 @@ class BudgetName(str, Enum):
     full = "full"
 
 
+class DtypeName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Dtype = Annotated[DtypeName, typer.Option(help="of the network; bfloat16 for large ones")]
+
+
 class Format(str, Enum):
     peft = "peft"
     kohya = "kohya"
+    hyper = "hyper"
 
 
 class Solver(str, Enum):
@@ -57,6 +66,7 @@ class Solver(str, Enum):
     tcd = "tcd"
     lcm = "lcm"
     perflow = "perflow"
+    euler = "euler"
 
 
 @app.command()
@@ -99,12 +109,14 @@ def distill(
 
         plan.show(plan.plan(loaded), out_console)
         return
+    import torch
+
     from hypersd import resolve
     from hypersd.console import Progress
     from hypersd.distill.trainer import Trainer
 
     out = resolve.writable(out or Path("out") / Path(recipe).stem)
-    components = resolve.load_model(loaded.model.path, device)
+    components = resolve.load_model(loaded.model.path, device, getattr(torch, loaded.train.dtype))
     with Progress({stage.name: stage.iterations for stage in loaded.stages}, error_console) as progress:
         dataset = resolve.load_dataset(
             loaded, components, out / "latents", lambda done, total: progress("encode pictures", done, total)
@@ -129,7 +141,14 @@ def sample(
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="noise put back in each step [default: the LoRA's]")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="[default: the LoRA's; 3 without one]")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="[default: the LoRA's; 3, for FLUX 3.5, without one]")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="what no picture shall show; needs guidance above 1")] = "",
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="pixels a side [default: the LoRA's or model's]")
+    ] = None,
+    dtype: Dtype = DtypeName.float32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("out/samples"),
     device: Device = "auto",
@@ -140,16 +159,24 @@ def sample(
 
     captions = resolve.captions(prompts or [], prompt_file)
     out = resolve.writable(out)
-    undistilled = {"solver": "ddim", "guidance_scale": "3", "steps": str(steps or 25)}
+    undistilled = {"solver": "ddim", "steps": str(steps or 25)}
     state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
     if solver is not None and solver.value != metadata.get("solver"):
         for name in ("eta", "timesteps"):  # they belong to the file's own solver
             metadata.pop(name, None)
-    given = {"solver": solver and solver.value, "eta": eta, "guidance_scale": guidance_scale}
+    given = {"solver": solver and solver.value, "eta": eta}
     metadata |= {name: str(value) for name, value in given.items() if value is not None}
-    backbone, components, process = resolve.load_with_lora(model, state, metadata, device)
+    backbone, components, process = resolve.load_with_lora(
+        model, state, metadata, device, resolution=resolution, dtype=dtype.value
+    )
+    metadata = resolve.told_guidance(metadata, backbone.network, guidance_scale)
     table = sampler_for(process, metadata, steps)
-    pictures.sample_to(out, components, backbone, table, captions, role="lora" if lora else "base", seed=seed)
+    if negative_prompt and not table.is_guided:
+        raise HypersdError("--negative-prompt needs a guidance of two passes: --guidance-scale above 1", exit_code=2)
+    pictures.sample_to(
+        out, components, backbone, table, captions, role="lora" if lora else "base", seed=seed,
+        negative_prompt=negative_prompt,
+    )  # fmt: skip
     _say(f"{len(captions)} pictures in {out}")
 
 
@@ -231,7 +258,8 @@ def convert(
     format: Annotated[Format, typer.Option("--format", help="key layout of the target")],
     model: Model = "embedded",
 ) -> None:
-    """Rewrite a LoRA file in PEFT or kohya keys; --model names the model it belongs to."""
+    """Rewrite a LoRA file in PEFT's or kohya's keys, or as the published Hyper-SD3 and Hyper-FLUX files are (hyper: no
+    alpha, for a weight of 0.125); --model names the model it belongs to."""
     from hypersd import resolve
 
     resolve.convert(source, target, format.value, model)

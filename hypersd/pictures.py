@@ -18,12 +18,22 @@ GRID_ROWS = 16
 
 
 def sample_to(
-    folder: Path, components: Components, backbone: Backbone, table: Table, captions: list[str], *, role: str, seed: int
+    folder: Path,
+    components: Components,
+    backbone: Backbone,
+    table: Table,
+    captions: list[str],
+    *,
+    role: str,
+    seed: int,
+    negative_prompt: str = "",
 ) -> None:
     """Write 0000.png, 0001.png, ... and grid.png with the first captions beside their pictures."""
     images: list[np.ndarray] = []
     with backbone.folded():
-        for batch in generate(components, backbone, table, captions, role=role, seed=seed, batch_size=8):
+        for batch in generate(
+            components, backbone, table, captions, role=role, seed=seed, batch_size=8, negative_prompt=negative_prompt
+        ):
             for image in batch:
                 atomic_write(folder / f"{len(images):04d}.png", Image.fromarray(image).save)
                 images.append(image)

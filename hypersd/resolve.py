@@ -22,6 +22,7 @@ from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components, load_components
+from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import load_reward, load_segmenter
 
@@ -61,10 +62,10 @@ def model_folder(path: str) -> Path:
     return Path(emoji.model_folder())
 
 
-def load_model(path: str, device: str = "auto") -> Components:
-    """The frozen parts of a model on `device`."""
+def load_model(path: str, device: str = "auto", network_dtype: torch.dtype | None = None) -> Components:
+    """The frozen parts of a model on `device`, in float32; its network in another dtype if told."""
     target = pick_device(device)
-    return load_components(model_folder(path), device=target)
+    return load_components(model_folder(path), device=target, network_dtype=network_dtype)
 
 
 def writable(folder: str | Path) -> Path:
@@ -209,15 +210,36 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def load_with_lora(
-    model: str, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], device: str = "auto"
+    model: str,
+    state: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    device: str = "auto",
+    *,
+    resolution: int | None = None,
+    dtype: str = "float32",
 ) -> tuple[Backbone, Components, NoiseProcess]:
-    """A model with the LoRA as role "lora" (none where `state` is empty), and its noise process."""
-    components = load_model(model, device)
+    """A model with the LoRA as role "lora" (none where `state` is empty), and its noise process, for pictures of
+    `resolution` pixels a side: unless told those that the LoRA was trained on, or else the model's own. `dtype` is the
+    network's."""
+    components = load_model(model, device, getattr(torch, dtype))
+    side = resolution or int(metadata.get("resolution", 0))
+    if side:
+        components.resolution = (side, side)
     backbone = Backbone(components.network, roles=())
     if state:
         _check_base(backbone, metadata, model)
         backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
     return backbone, components, components.noise_process()
+
+
+def told_guidance(metadata: Mapping[str, str], network: Any, guidance_scale: float | None) -> dict[str, str]:
+    """`metadata` with the guidance that was asked for, or, where it has none, the usual one: 3 from two passes, 3.5 for a
+    network that is told."""
+    found = dict(metadata)
+    key, usual = ("embedded_guidance", DEFAULT_GUIDANCE) if embeds_guidance(network) else ("guidance_scale", 3.0)
+    if guidance_scale is not None:
+        found[key] = str(guidance_scale)
+    return {key: str(usual)} | found
 
 
 def _check_base(backbone: Backbone, metadata: Mapping[str, str], model: str) -> None:

@@ -88,7 +88,8 @@ class DMD:
             guidance = draw.host.uniform(*stage.guidance_scale, size)
             x_t = self._diffuse(x, t, draw)
             role = START if stage.real_score == "tscd" else BASE
-            x_real = self._clean(x_t, t, cond, role, guidance if role == BASE else None)
+            guided = role == BASE and not self.context.embeds_guidance
+            x_real = self._clean(x_t, t, cond, role, guidance if guided else None)
             x_fake = self._clean(x_t, t, cond, FAKE)
             goal = x - score_gradient(x, x_real, x_fake)
         if size > 1:

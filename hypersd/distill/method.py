@@ -62,6 +62,12 @@ class Context:
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     structure: StructureLoss | None = None
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told its guidance: every batch then has the condition `guidance`, drawn from the
+        stage's guidance_scale, for teacher, student and target alike, and no one needs a second pass."""
+        return bool(getattr(self.backbone, "embeds_guidance", False))
+
 
 @dataclass(frozen=True)
 class Auxiliary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, EMA, STUDENT, Context, Draw
-from hypersd.distill.stage import ConsistencyStage
+from hypersd.distill.stage import BaseStage, ConsistencyStage
 from hypersd.kernels import affine_step, consistency_loss
+from hypersd.models.networks import DEFAULT_GUIDANCE
 from hypersd.models.noise_process import NoiseProcess
 
 Cond = dict[str, Tensor]
@@ -50,7 +52,7 @@ class Consistency:
 
     def __init__(self, stage: ConsistencyStage, context: Context) -> None:
         self.stage, self.context, self.process = stage, context, context.process
-        self.guided = stage.guidance_scale != (1.0, 1.0)
+        self.guided = stage.guidance_scale != (1.0, 1.0) and not context.embeds_guidance
         self.target_role = EMA if stage.target == "ema" else STUDENT
 
     def points(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,4 +169,28 @@ def sampling_metadata(
         "timesteps": json.dumps({str(n): np.asarray(grid).tolist() for n, grid in grids.items()}),
         "guidance_scale": f"{guidance:g}",
     }
+    if process.kind == "flow":  # before the shift, as diffusers' pipelines take them
+        trained = process.num_train_timesteps
+        found["sigmas"] = json.dumps({str(n): ((np.asarray(t) + 1) / trained).tolist() for n, t in grids.items()})
     return found if eta is None else found | {"eta": f"{eta:g}"}
+
+
+def guidances(stage: BaseStage, key: tuple[int, ...], size: int) -> np.ndarray:
+    """What a network that is told its guidance is told in one batch, float32 (size,): drawn from the stage's range, or
+    the usual where it has none."""
+    low, high = getattr(stage, "guidance_scale", (DEFAULT_GUIDANCE, DEFAULT_GUIDANCE))
+    return np.random.default_rng(key).uniform(low, high, size).astype(np.float32)
+
+
+def model_metadata(stage: BaseStage, components: Any, backbone: Any, latent_size: tuple[int, int]) -> dict[str, str]:
+    """What the metadata of a LoRA file says about the model it was trained on: `resolution`, pixels along a side of the
+    training pictures where they are square, and `embedded_guidance`, the middle of the stage's range, where the network
+    is told its guidance."""
+    found = {}
+    factor = getattr(components, "vae_scale_factor", None)
+    if factor is not None and latent_size[0] == latent_size[1]:
+        found["resolution"] = str(factor * latent_size[0])
+    if getattr(backbone, "embeds_guidance", False):
+        middle = getattr(stage, "guidance_scale", (DEFAULT_GUIDANCE, DEFAULT_GUIDANCE))
+        found["embedded_guidance"] = f"{sum(middle) / 2:g}"
+    return found

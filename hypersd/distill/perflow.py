@@ -29,7 +29,7 @@ class PeRFlow:
 
     def __init__(self, stage: PeRFlowStage, context: Context) -> None:
         self.stage, self.context, self.process = stage, context, context.process
-        self.guided = stage.guidance_scale != (1.0, 1.0)
+        self.guided = stage.guidance_scale != (1.0, 1.0) and not context.embeds_guidance
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch. latents (B, C, ...), one t and guidance scale per sample."""

@@ -27,6 +27,7 @@ from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method, StructureLoss
+from hypersd.distill.parts import guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.recipe import Recipe
@@ -52,6 +53,7 @@ from hypersd.models.networks import default_targets
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.prompts import decode_latents
 from hypersd.models.rewards import Reward
+from hypersd.sampling.presets import rules_for
 
 METHODS: dict[type[BaseStage], type[Method]] = {
     TSCDStage: TSCD,
@@ -168,14 +170,16 @@ class Trainer:
     def _start_from(self, path: str) -> None:
         """A LoRA file is what the first stage goes on with, or, where that trains an adapter of its own, stands on."""
         state, metadata = load_lora(path)
+        metadata = rules_for(path, metadata)
+        scale = float(metadata.get("lora_scale", 1.0))  # of a file without alpha
         if metadata.get("base_model", self.backbone.fingerprint) != self.backbone.fingerprint:
             raise HypersdError(f"{path} was made for {metadata['base_model']}, not for this model; see train.init")
         stage = self.recipe.stages[0]
         if not stage.is_separate:
-            self.backbone.load_lora_state_dict(state, STUDENT)
+            self.backbone.load_lora_state_dict(state, STUDENT, scale=scale)
             self.backbone.copy_role(STUDENT, EMA)
         if stage.improves and stage.needs_previous:
-            self.backbone.load_lora_state_dict(state, PREVIOUS)
+            self.backbone.load_lora_state_dict(state, PREVIOUS, scale=scale)
             self.has_previous = True
 
     @property
@@ -319,6 +323,11 @@ class Trainer:
             seed=train.seed + 1000003 * self.stage + 7919 * who,
             caption_dropout=self.recipe.data.caption_dropout if self.recipe.stages[self.stage].drops_captions else 0.0,
         )
+        if getattr(self.backbone, "embeds_guidance", False):
+            key = (train.seed, self.stage, number, who, 2)
+            batch.cond["guidance"] = torch.from_numpy(
+                guidances(self.recipe.stages[self.stage], key, len(batch.latents))
+            )
         cond = {k: self._here(v) for k, v in batch.cond.items()}
         return Batch(self._here(batch.latents), cond, batch.captions, batch.indices)
 
@@ -386,6 +395,7 @@ class Trainer:
         if not isinstance(self.backbone, Backbone):
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
+        metadata |= model_metadata(stage, self.components, self.backbone, self.dataset.latent_size)
         files = {stage.file: EMA}
         if self.stage == len(self.recipe.stages) - 1:
             files["lora"] = self.result

@@ -35,17 +35,22 @@ def generate(
     role: str = "base",
     seed: int = 0,
     batch_size: int = 64,
+    negative_prompt: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Sample one picture per caption; yields (B, H, W, 3) uint8 batches.
 
     Picture i starts from noise that depends on `seed` and i alone, and solvers that add noise draw it per picture too:
-    tables, roles and batch sizes share it.
+    tables, roles and batch sizes share it. `negative_prompt`: what guided tables lead away from.
     """
     for start in range(0, len(captions), batch_size):
         part = list(captions[start : start + batch_size])
-        null = encode_null(components, len(part)) if table.is_guided else None
-        denoise = denoiser(backbone, encode_prompts(components, part), null=null, role=role)
+        cond = encode_prompts(components, part)
+        null = encode_null(components, len(part), negative_prompt) if table.is_guided else None
+        if table.embedded_guidance is not None:
+            told = {"guidance": torch.full((len(part),), table.embedded_guidance, device=backbone.device)}
+            cond, null = cond | told, null and null | told
+        denoise = denoiser(backbone, cond, null=null, role=role)
         generators = [_generator(seed, start + index) for index in range(len(part))]
         x_T = torch.stack([torch.randn(components.latent_shape, generator=each) for each in generators])
         latents = sample(denoise, table, x_T.to(backbone.device), generator=generators)

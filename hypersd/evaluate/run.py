@@ -16,6 +16,7 @@ from hypersd.evaluate.metrics import Moments, bootstrap_interval, diversity, fre
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components
 from hypersd.models.prompts import decode_latents, encode_images
+from hypersd.sampling.sampler import with_guidance
 from hypersd.sampling.solvers import Table, ddim
 from hypersd.sampling.timesteps import trailing
 
@@ -184,11 +185,14 @@ def evaluate(
     def on_trailing(steps: int) -> Table:
         return ddim(process, trailing(steps, process.num_train_timesteps))
 
+    def guided(table: Table) -> Table:
+        return with_guidance(table, backbone.network, guidance_scale)
+
     with backbone.folded():
-        judged("teacher", on_trailing(teacher_steps).guided(guidance_scale), "base")
+        judged("teacher", guided(on_trailing(teacher_steps)), "base")
         for number in steps:
             few = (table or on_trailing)(number)
-            judged(f"undistilled/{number}", few if few.is_guided else few.guided(guidance_scale), "base")
+            judged(f"undistilled/{number}", few if few.is_guided else guided(few), "base")
             judged(f"student/{number}", few, role)
     return result
 

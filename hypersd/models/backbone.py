@@ -92,6 +92,11 @@ class Backbone(nn.Module):
         return next(iter(self.slots.values())).weight.dtype
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told a guidance scale (guidance-distilled FLUX)."""
+        return networks.embeds_guidance(self.network)
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.slots.values())).weight.device
 

@@ -29,7 +29,8 @@ def save_lora(
 
     `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, dpmpp_2m, tcd, lcm), `steps`
     ("1,2,4,8"), `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here:
-    `rank`, `alpha`, `base_model` (fingerprint), `lora_format`. Raises HypersdError when the file cannot be written.
+    `rank`, `alpha`, `base_model` (fingerprint), `lora_format`, and `lora_scale` in a file of format "hyper", which has
+    no alpha. Raises HypersdError when the file cannot be written.
     """
     layers = backbone.lora_layers(role)
     state = formats.encode(layers, backbone.key_prefix, format)
@@ -37,10 +38,11 @@ def save_lora(
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     full = {name: str(value) for name, value in (metadata or {}).items()}
+    full.pop("alpha", None)
+    full |= {"lora_scale": repr(formats.UNSAID_SCALE)} if format == "hyper" else {"alpha": repr(alpha)}
     full |= {
         "format": "pt",
         "rank": str(rank),
-        "alpha": repr(alpha),
         "base_model": backbone.fingerprint,
         "lora_format": format,
     }

@@ -1,4 +1,8 @@
-"""LoRA key layouts: PEFT, diffusers (`unet.<path>.lora_A.weight`) and kohya (`lora_unet_<path>.lora_down.weight`)."""
+"""LoRA key layouts: PEFT, diffusers (`unet.<path>.lora_A.weight`) and kohya (`lora_unet_<path>.lora_down.weight`).
+
+"hyper" is the layout of the published Hyper-SD3 and Hyper-FLUX files: PEFT's keys, and nothing that says alpha. They are
+made for a weight of 0.125, which is PEFT's own default alpha of 8 over their rank of 64.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ import torch
 from torch import Tensor
 
 from hypersd.errors import HypersdError
+
+FORMATS = ("peft", "kohya", "hyper")
+UNSAID_SCALE = 0.125
 
 
 @dataclass
@@ -39,14 +46,17 @@ _ENDINGS = {
 
 
 def encode(layers: Mapping[str, Layer], prefix: str, format: str) -> dict[str, Tensor]:
-    """State dict of the layers, keyed by module path, in format "peft" or "kohya". `prefix`: "unet", "transformer"."""
-    if format not in ("peft", "kohya"):
-        raise HypersdError(f"LoRA format {format!r} is unknown; use 'peft' or 'kohya'")
+    """State dict of the layers, keyed by module path, in one of FORMATS. `prefix`: "unet", "transformer"."""
+    if format not in FORMATS:
+        raise HypersdError(f"LoRA format {format!r} is unknown; use {', '.join(FORMATS)}")
     state: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if format == "peft":
             state[f"{prefix}.{path}.lora_A.weight"] = layer.a
             state[f"{prefix}.{path}.lora_B.weight"] = layer.b
+        elif format == "hyper":
+            state[f"{prefix}.{path}.lora_A.weight"] = layer.a
+            state[f"{prefix}.{path}.lora_B.weight"] = layer.b * (layer.scale / UNSAID_SCALE)
         else:
             key = f"lora_{prefix}_{path.replace('.', '_')}"
             state[f"{key}.lora_down.weight"] = layer.a

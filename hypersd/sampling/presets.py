@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from hypersd.errors import HypersdError
+from hypersd.models.formats import UNSAID_SCALE
 
 
 @dataclass(frozen=True)
 class Preset:
     """One published file. `steps`: the counts it serves, of which the largest is the default.
 
-    `guidance_scale` 1 is none; files with more take a negative prompt. `lora_scale`: the weight of a file that stores
+    `guidance_scale` 1 is none; files with more take a negative prompt. `embedded_guidance` is an input of the network,
+    not a second pass. `lora_scale`: the weight of a file that stores
     no alpha. `timesteps`: where the grid is not the solver's own. `kind` is "lora" or "unet" (whole weights).
     """
 
@@ -29,6 +31,7 @@ class Preset:
     guidance_scale: float = 1.0
     lora_scale: float = 1.0
     timesteps: tuple[int, ...] | None = None
+    embedded_guidance: float | None = None
     kind: str = "lora"
 
     @property
@@ -41,6 +44,8 @@ class Preset:
             "guidance_scale": repr(self.guidance_scale),
             "lora_scale": repr(self.lora_scale),
         }
+        if self.embedded_guidance is not None:
+            found["embedded_guidance"] = repr(self.embedded_guidance)
         return found if self.timesteps is None else found | {"timesteps": json.dumps(self.timesteps)}
 
 
@@ -55,10 +60,13 @@ def _presets() -> dict[str, Preset]:
             found[f"Hyper-{name}-{steps}steps-CFG-lora"] = Preset(base, (steps,), guidance_scale=5.0)
     found["Hyper-SDXL-1step-Unet"] = Preset("Stable Diffusion XL", (1,), "lcm", timesteps=(800,), kind="unet")
     for counts, scale in (((4,), 3.0), ((8, 6), 5.0), ((16, 12), 7.0)):
-        base = "Stable Diffusion 3 medium"
-        found[f"Hyper-SD3-{counts[0]}steps-CFG-lora"] = Preset(base, counts, guidance_scale=scale, lora_scale=0.125)
-    for steps in (8, 16):  # the guidance of 3.5 is an input of that network, not a second pass
-        found[f"Hyper-FLUX.1-dev-{steps}steps-lora"] = Preset("FLUX.1 dev", (steps,), lora_scale=0.125)
+        found[f"Hyper-SD3-{counts[0]}steps-CFG-lora"] = Preset(
+            "Stable Diffusion 3 medium", counts, "euler", guidance_scale=scale, lora_scale=UNSAID_SCALE
+        )
+    for steps in (8, 16):
+        found[f"Hyper-FLUX.1-dev-{steps}steps-lora"] = Preset(
+            "FLUX.1 dev", (steps,), "euler", lora_scale=UNSAID_SCALE, embedded_guidance=3.5
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import Tensor
 from hypersd.errors import HypersdError
 from hypersd.kernels import affine_step
 from hypersd.models.backbone import Backbone
-from hypersd.models.noise_process import NoiseProcess
+from hypersd.models.networks import embeds_guidance
+from hypersd.models.noise_process import NoiseProcess, shifted
 from hypersd.sampling import solvers
 from hypersd.sampling.solvers import Table
-from hypersd.sampling.timesteps import lcm_grid, perflow_grid, trailing
+from hypersd.sampling.timesteps import flow_sigmas, lcm_grid, perflow_grid, trailing
 
-# of each solver: its grid of N steps where a file stores none, and the options that its metadata may set
+# of each solver along timesteps: its grid of N steps where a file stores none, and the options that its metadata may set
 SOLVERS: dict[str, tuple[Callable[..., Any], dict[str, type]]] = {
     "ddim": (trailing, {"eta": float}),
     "dpmpp_2m": (trailing, {}),
@@ -90,25 +92,35 @@ def denoiser(
     return denoise
 
 
+def with_guidance(table: Table, network: Any, guidance_scale: float) -> Table:
+    """Guidance as the network takes it: as an input (guidance-distilled FLUX), or, above 1, from two passes."""
+    if embeds_guidance(network):
+        return replace(table, embedded_guidance=guidance_scale)
+    return table.guided(guidance_scale) if guidance_scale > 1 else table
+
+
 def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int | None = None) -> Table:
     """The table that a LoRA file asks for, from its safetensors metadata (see `hypersd.models.save_lora`).
 
     `steps` picks one of the step counts that the file names; the default is the largest. Guidance at or below 1 means
-    none, as in diffusers. Raises HypersdError for metadata that does not fit the process or cannot be read.
+    none, as in diffusers. The solver "euler" goes along `sigmas`, which are yet to be shifted (as diffusers' pipelines
+    take them), or else along `flow_sigmas`. Raises HypersdError for metadata that does not fit the process or cannot be
+    read.
     """
     if metadata.get("prediction_type", process.prediction_type) != process.prediction_type:
         raise HypersdError(
             f"the LoRA was made for {metadata['prediction_type']} and the model predicts {process.prediction_type}"
         )
     solver = metadata.get("solver", "tcd")
-    if solver not in SOLVERS:
-        raise HypersdError(f"the LoRA metadata names solver {solver!r}; known are {', '.join(SOLVERS)}")
-    spaced, options = SOLVERS[solver]
+    if solver not in (*SOLVERS, "euler"):
+        raise HypersdError(f"the LoRA metadata names solver {solver!r}; known are {', '.join(SOLVERS)}, euler")
+    spaced, options = SOLVERS.get(solver, (None, {}))
     try:
         offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
-        stored = json.loads(metadata.get("timesteps", "null"))
+        stored = json.loads(metadata.get("sigmas" if solver == "euler" else "timesteps", "null"))
         given = {name: kind(metadata[name]) for name, kind in options.items() if name in metadata}
         guidance = float(metadata.get("guidance_scale", 1.0))
+        embedded = float(metadata["embedded_guidance"]) if "embedded_guidance" in metadata else None
     except ValueError as error:
         raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
     if steps is None:
@@ -116,9 +128,14 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
     elif offered and steps not in offered:
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
-    if grid is None or len(grid) != steps:
-        windows = (given.get("windows", 4),) if solver == "perflow" else ()
-        grid = spaced(steps, *windows, process.num_train_timesteps)
-    make: Callable[..., Table] = getattr(solvers, solver)
-    table = make(process, np.asarray(grid), **given)
+    is_given = grid is not None and len(grid) == steps
+    if spaced is None:
+        table = solvers.euler(process, shifted(grid, process.shift) if is_given else flow_sigmas(process, steps))
+    else:
+        if not is_given:
+            windows = (given.get("windows", 4),) if solver == "perflow" else ()
+            grid = spaced(steps, *windows, process.num_train_timesteps)
+        make: Callable[..., Table] = getattr(solvers, solver)
+        table = make(process, np.asarray(grid), **given)
+    table = replace(table, embedded_guidance=embedded)
     return table.guided(guidance) if guidance > 1 else table

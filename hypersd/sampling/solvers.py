@@ -21,12 +21,13 @@ class Table:
     timesteps (S,): what the network is fed, int64 for VP processes, float64 for flow. coef (S, 5) float64, in the order
     of `affine_step`: x_t, m conditional, m unconditional, history, noise. Column 2 is 0 in every row of a table without
     classifier-free guidance. `keep` (S, 5), of multistep solvers only: the same kind of row, for what a step hands to
-    the next one as its history.
+    the next one as its history. `embedded_guidance`: what a network that is told its guidance (FLUX) is told.
     """
 
     timesteps: NDArray[np.int64] | Array
     coef: Array
     keep: Array | None = None
+    embedded_guidance: float | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -79,6 +80,20 @@ def ddim_parts(process: NoiseProcess, t: ArrayLike, p: ArrayLike, eta: float = 0
     variance = np.maximum((sigma_p / sigma_t) ** 2 * (1.0 - (alpha_t / alpha_p) ** 2), 0.0)
     std = eta * np.sqrt(variance)
     return alpha_p, np.sqrt(np.maximum(sigma_p**2 - std**2, 0.0)), std
+
+
+def euler(process: NoiseProcess, sigmas: Sequence[float] | ArrayLike) -> Table:
+    """Euler steps of a flow model along any noise levels `sigmas`, descending and within (0, 1], the last step to 0.
+
+    Levels that belong to timesteps are `ddim`'s business; this is for grids between them (`flow_sigmas`).
+    """
+    if process.kind != "flow":
+        raise HypersdError("the euler solver is for flow models; use ddim, which is the same for others")
+    levels = np.asarray(sigmas, dtype=np.float64)
+    if levels.ndim != 1 or not levels.size or not (np.diff([*levels, 0.0]) < 0).all() or levels[0] > 1.0:
+        raise HypersdError(f"sigmas must descend within (0, 1], got {list(np.atleast_1d(levels))[:8]}")
+    step = np.diff([*levels, 0.0])
+    return Table(levels * process.num_train_timesteps, rows(np.stack((np.ones_like(step), step), axis=-1)))
 
 
 def tcd(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, eta: float = 0.3) -> Table:

@@ -1,4 +1,4 @@
-"""Timestep grids, int64 and descending. Lin et al. 2024, table 2, and the LCM grid of Luo et al. 2023."""
+"""Timestep grids, int64 and descending. Lin et al. 2024, table 2, the LCM grid of Luo et al. 2023; sigmas of flow models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hypersd.errors import HypersdError
+from hypersd.models.noise_process import NoiseProcess, shifted
 
 Steps = NDArray[np.int64]
 
@@ -54,6 +55,20 @@ def perflow_grid(num_steps: int, windows: int, T: int = 1000) -> Steps:
         for top, bottom, n in zip(edges[:-1], edges[1:], shares, strict=True)
     ]
     return np.floor(np.concatenate(parts)).astype(np.int64)
+
+
+def flow_sigmas(process: NoiseProcess, num_steps: int) -> NDArray[np.float64]:
+    """The noise levels (N,), float64, of diffusers' own pipelines for this flow model.
+
+    With a dynamic shift (FLUX) they are those of `trailing`. With a static one (SD3) the levels between the largest and
+    the smallest, which are shifted already, are shifted once more: at N = 4 and shift 3 that is 1, 0.858, 0.602, 0.009,
+    so that the last step hardly moves, where `trailing` has 1, 0.9, 0.75, 0.5.
+    """
+    T = process.num_train_timesteps
+    _check(num_steps, T)
+    if process.is_dynamic:
+        return shifted(np.linspace(1.0, 1.0 / num_steps, num_steps), process.shift)
+    return shifted(np.linspace(process.sigma[-1], process.sigma[0], num_steps), process.shift)
 
 
 def subsample(grid: Steps, num_steps: int) -> Steps:
