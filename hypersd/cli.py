@@ -169,7 +169,7 @@ def sample(
     backbone, components, process = resolve.load_with_lora(
         model, state, metadata, device, resolution=resolution, dtype=dtype.value
     )
-    metadata = resolve.told_guidance(metadata, backbone.network, guidance_scale)
+    metadata = resolve.told_guidance(metadata, backbone.network, guidance_scale, usual=1.0 if lora else 3.0)
     table = sampler_for(process, metadata, steps)
     if negative_prompt and not table.is_guided:
         raise HypersdError("--negative-prompt needs a guidance of two passes: --guidance-scale above 1", exit_code=2)

@@ -232,11 +232,13 @@ def load_with_lora(
     return backbone, components, components.noise_process()
 
 
-def told_guidance(metadata: Mapping[str, str], network: Any, guidance_scale: float | None) -> dict[str, str]:
-    """`metadata` with the guidance that was asked for, or, where it has none, the usual one: 3 from two passes, 3.5 for a
-    network that is told."""
+def told_guidance(
+    metadata: Mapping[str, str], network: Any, guidance_scale: float | None, usual: float
+) -> dict[str, str]:
+    """`metadata` with the guidance that was asked for; where neither says it, `usual`, of two passes, or what a network
+    that is told its guidance usually is told."""
     found = dict(metadata)
-    key, usual = ("embedded_guidance", DEFAULT_GUIDANCE) if embeds_guidance(network) else ("guidance_scale", 3.0)
+    key, usual = ("embedded_guidance", DEFAULT_GUIDANCE) if embeds_guidance(network) else ("guidance_scale", usual)
     if guidance_scale is not None:
         found[key] = str(guidance_scale)
     return {key: str(usual)} | found

@@ -3,8 +3,7 @@
 Hyper-SD (arXiv 2404.13686, eq. 11) cuts the T training timesteps into k segments. The literal formula puts a grid point
 that lies on a boundary *at* its own boundary, so that there is nothing to jump to. Here the boundaries are the
 timesteps that trailing spacing samples at (k = 8: 999, 874, ..., 124) and 0, a point on a boundary belongs to the
-segment below it, and the solver's target is clamped to the segment. All in integers: no rounding of T / k to go
-wrong.
+segment below it, and the solver's target is clamped to the segment.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from hypersd.sampling.timesteps import trailing
 
 EndPolicy = Literal["uniform", "boundary", "mixed"]
 
@@ -27,13 +28,14 @@ def grid(num_points: int, num_train_timesteps: int = 1000) -> np.ndarray:
 
 
 def boundary(timesteps: np.ndarray, segments: int, num_train_timesteps: int = 1000) -> np.ndarray:
-    """t_b, the lowest timestep of the segment that holds t: with j = ceil((t + 1) k / T) - 1, max(0, floor(j T / k) -
-    1). Below t for every t > 0."""
+    """t_b, the lowest timestep of the segment that holds t: the nearest timestep below t that trailing spacing samples
+    at, or 0. Also where k does not divide T (k = 12: 916, 832, 749, ...): one index off, and a sample would start its
+    step with one index left to go."""
     if not 1 <= segments <= num_train_timesteps:
         raise ValueError(f"segments must lie between 1 and {num_train_timesteps}, got {segments}")
-    t = np.asarray(timesteps, dtype=np.int64)
-    j = -(-(t + 1) * segments // num_train_timesteps) - 1
-    return np.maximum(0, j * num_train_timesteps // segments - 1)
+    tops = trailing(segments, num_train_timesteps)[::-1]
+    bottoms = np.concatenate([[0], tops[:-1]])
+    return bottoms[np.searchsorted(tops, np.asarray(timesteps, dtype=np.int64), side="left")]
 
 
 @dataclass(frozen=True)

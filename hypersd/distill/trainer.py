@@ -325,9 +325,8 @@ class Trainer:
         )
         if getattr(self.backbone, "embeds_guidance", False):
             key = (train.seed, self.stage, number, who, 2)
-            batch.cond["guidance"] = torch.from_numpy(
-                guidances(self.recipe.stages[self.stage], key, len(batch.latents))
-            )
+            told = guidances(self.recipe.stages[self.stage], key, train.batch_size)
+            batch.cond["guidance"] = torch.from_numpy(told)
         cond = {k: self._here(v) for k, v in batch.cond.items()}
         return Batch(self._here(batch.latents), cond, batch.captions, batch.indices)
 

@@ -8,7 +8,6 @@ student's jump x_t -> t_end must agree with the target network's jump x_t' -> t_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from hypersd.distill.adversarial import Adversary, EncoderAdversary, Ends, Featu
 from hypersd.distill.data import Batch
 from hypersd.distill.health import Monitor
 from hypersd.distill.method import BASE, PREVIOUS, Auxiliary, Context, Draw
-from hypersd.distill.parts import Consistency, Jumps, on_device
+from hypersd.distill.parts import Consistency, Jumps, on_device, sampling_metadata
 from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.stages import TCDStage, TSCDStage
 from hypersd.kernels import affine_step
@@ -104,10 +103,9 @@ class TSCD(Consistency):
     def metadata(stage: TSCDStage, process: NoiseProcess) -> dict[str, str]:
         """How to sample from the stage's weights: k segments are made for k trailing DDIM steps; the last stage's,
         which jump from anywhere to anywhere, for 1 to 8 TCD steps."""
-        common = {"method": "tscd", "prediction_type": process.prediction_type, "guidance_scale": "1"}
-        trained = process.num_train_timesteps
+        trained, guidance = process.num_train_timesteps, stage.sampling_guidance
         if stage.segments == 1:
-            grids = {n: trailing(n, trained).tolist() for n in (1, 2, 4, 8)}
-            return common | {"solver": "tcd", "steps": "1,2,4,8", "timesteps": json.dumps(grids), "eta": "0.3"}
-        grid = json.dumps(trailing(stage.segments, trained).tolist())
-        return common | {"solver": "ddim", "steps": str(stage.segments), "timesteps": grid, "eta": "0"}
+            grids = {n: trailing(n, trained) for n in (1, 2, 4, 8)}
+            return sampling_metadata("tscd", process, "tcd", grids, eta=0.3, guidance=guidance)
+        grids = {stage.segments: trailing(stage.segments, trained)}
+        return sampling_metadata("tscd", process, "ddim", grids, eta=0.0, guidance=guidance)

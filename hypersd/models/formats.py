@@ -1,7 +1,7 @@
 """LoRA key layouts: PEFT, diffusers (`unet.<path>.lora_A.weight`) and kohya (`lora_unet_<path>.lora_down.weight`).
 
-"hyper" is the layout of the published Hyper-SD3 and Hyper-FLUX files: PEFT's keys, and nothing that says alpha. They are
-made for a weight of 0.125, which is PEFT's own default alpha of 8 over their rank of 64.
+"hyper" is the layout of the published Hyper-SD3 and Hyper-FLUX files: PEFT's keys, and nothing that says alpha. They
+are made for a weight of 0.125, which is PEFT's own default alpha of 8 over their rank of 64.
 """
 
 from __future__ import annotations

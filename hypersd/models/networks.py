@@ -97,6 +97,8 @@ def predict(network: nn.Module, x_t: Tensor, timestep: Tensor | float, cond: Map
     handed on as they are, with the timestep in the network's own units and ids among the conditions.
     """
     arguments = dict(cond)
+    if not embeds_guidance(network):
+        arguments.pop("guidance", None)
     if kind(network) == "unet":
         if "added_cond_kwargs" not in arguments and "time_ids" in arguments:
             arguments["added_cond_kwargs"] = {k: arguments.pop(k) for k in _ADDED_CONDITIONS if k in arguments}
@@ -106,8 +108,6 @@ def predict(network: nn.Module, x_t: Tensor, timestep: Tensor | float, cond: Map
         return network(x_t, timestep=timestep, **arguments, return_dict=False)[0]
     if embeds_guidance(network):
         arguments.setdefault("guidance", torch.full((len(x_t),), DEFAULT_GUIDANCE, device=x_t.device))
-    else:
-        arguments.pop("guidance", None)
     height, width = x_t.shape[-2:]
     text = arguments["encoder_hidden_states"]
     arguments.setdefault("txt_ids", x_t.new_zeros(text.shape[1], 3))

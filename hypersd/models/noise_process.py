@@ -89,7 +89,7 @@ class NoiseProcess:
         config = dict(scheduler_config)
         prediction = config.get("prediction_type") or "epsilon"
         is_flow = "FlowMatch" in str(config.get("_class_name", "")) or "shift" in config or "flow" in str(prediction)
-        if is_flow or config.get("use_flow_sigmas"):
+        if is_flow or config.get("use_dynamic_shifting") or config.get("use_flow_sigmas"):
             return cls._flow(config, mu, latent_size)
         abar = torch.cumprod(1.0 - vp_betas(config), dim=0).numpy()
         return cls.from_alphas_cumprod(

@@ -21,7 +21,7 @@ from hypersd.sampling import solvers
 from hypersd.sampling.solvers import Table
 from hypersd.sampling.timesteps import flow_sigmas, lcm_grid, perflow_grid, trailing
 
-# of each solver along timesteps: its grid of N steps where a file stores none, and the options that its metadata may set
+# of each solver along timesteps: its grid of N steps where a file stores none, and what its metadata may set
 SOLVERS: dict[str, tuple[Callable[..., Any], dict[str, type]]] = {
     "ddim": (trailing, {"eta": float}),
     "dpmpp_2m": (trailing, {}),
@@ -128,11 +128,12 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
     elif offered and steps not in offered:
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
-    is_given = grid is not None and len(grid) == steps
+    if grid is not None and len(grid) != steps:
+        grid = None
     if spaced is None:
-        table = solvers.euler(process, shifted(grid, process.shift) if is_given else flow_sigmas(process, steps))
+        table = solvers.euler(process, flow_sigmas(process, steps) if grid is None else shifted(grid, process.shift))
     else:
-        if not is_given:
+        if grid is None:
             windows = (given.get("windows", 4),) if solver == "perflow" else ()
             grid = spaced(steps, *windows, process.num_train_timesteps)
         make: Callable[..., Table] = getattr(solvers, solver)

@@ -1,4 +1,5 @@
-"""Timestep grids, int64 and descending. Lin et al. 2024, table 2, the LCM grid of Luo et al. 2023; sigmas of flow models."""
+"""Timestep grids, int64 and descending: Lin et al. 2024, table 2, the LCM grid of Luo et al. 2023; and sigmas of flow
+models."""
 
 from __future__ import annotations
 

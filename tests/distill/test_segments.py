@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hypersd.distill.segments import SegmentGrid, boundary, grid
+from hypersd.sampling.timesteps import trailing
 
 SEGMENTS = (1, 2, 4, 8, 12)
 POINTS = (20, 40, 50, 100, 200, 1000)
@@ -14,7 +15,8 @@ POINTS = (20, 40, 50, 100, 200, 1000)
 @pytest.mark.parametrize("policy", ["uniform", "boundary", "mixed"])
 def test_no_jump_leaves_its_segment(segments: int, points: int, policy: str) -> None:
     stage = SegmentGrid.build(segments, points)
-    edges = np.array([max(0, i * 1000 // segments - 1) for i in range(segments)])
+    # round half to even, as trailing spacing does
+    edges = np.array([max(0, round(1000 - i * 1000 / segments) - 1) for i in range(segments, 0, -1)])
     owner = np.searchsorted(edges, stage.t, side="left") - 1  # the last edge strictly below t
     np.testing.assert_array_equal(stage.t_b, edges[owner])
     assert np.all(stage.t_b <= stage.t_prev) and np.all(stage.t_prev < stage.t)
@@ -31,7 +33,10 @@ def test_boundaries_are_the_trailing_timesteps() -> None:
     assert sorted(set(boundary(np.arange(1, 1000), 8)) | {999}) == [0, 124, 249, 374, 499, 624, 749, 874, 999]
     assert sorted(set(boundary(np.arange(1, 1000), 1))) == [0]
     assert boundary(np.array([999, 875, 874, 125, 124, 1]), 8).tolist() == [874, 874, 749, 124, 0, 0]
-    assert sorted(set(boundary(np.arange(1, 1000), 12)))[1:] == [82, 165, 249, 332, 415, 499, 582, 665, 749, 832, 915]
+    assert sorted(set(boundary(np.arange(1, 1000), 12)))[1:] == [82, 166, 249, 332, 416, 499, 582, 666, 749, 832, 916]
+    for segments in (3, 7, 12, 16, 64):  # wherever sampling stops, a segment begins, and all of it lies ahead
+        stops = trailing(segments)
+        assert boundary(stops, segments).tolist() == [*stops[1:].tolist(), 0]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_chord_values() -> None:
 def test_sampling_metadata() -> None:
     process = NoiseProcess.from_config(VP)
     four = TSCD.metadata(stage(segments=4), process)
-    assert four["solver"] == "ddim" and four["timesteps"] == "[999, 749, 499, 249]" and four["steps"] == "4"
+    assert four["solver"] == "ddim" and four["timesteps"] == '{"4": [999, 749, 499, 249]}' and four["steps"] == "4"
     one = TSCD.metadata(stage(segments=1), process)
     assert one["solver"] == "tcd" and one["prediction_type"] == "epsilon"
     for steps in (1, 2, 4, 8):  # what the sampler makes of it: the boundaries of the stages' segments

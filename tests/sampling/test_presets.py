@@ -48,7 +48,13 @@ def test_the_one_step_network_is_fed_white_noise_at_800():
 def test_flow_files_take_an_eighth_of_their_strength():
     rules = rules_for("Hyper-SD3-4steps-CFG-lora.safetensors", {})
     table = sampler_for(SD3, rules)
-    assert np.abs(table.timesteps - [1000, 900, 750, 500]).max() < 1e-9 and table.is_guided
+    # the grid of diffusers' own pipeline; the trailing one on request
+    assert np.abs(table.timesteps - [1000, 857.69, 602.15, 8.9286]).max() < 5e-3 and table.is_guided
+    trailing = sampler_for(SD3, rules | {"solver": "ddim"})
+    assert np.abs(trailing.timesteps - [1000, 900, 750, 500]).max() < 1e-9 and trailing.is_guided
+    flux = NoiseProcess.from_config({"use_dynamic_shifting": True}, latent_size=(128, 128))
+    table = sampler_for(flux, rules_for("Hyper-FLUX.1-dev-8steps-lora.safetensors", {}))
+    assert table.embedded_guidance == 3.5 and not table.is_guided and len(table) == 8
     assert {float(p.metadata["lora_scale"]) for n, p in PRESETS.items() if "SD3" in n or "FLUX" in n} == {0.125}
     assert {float(p.metadata["lora_scale"]) for n, p in PRESETS.items() if "SD15" in n or "SDXL" in n} == {1.0}
 

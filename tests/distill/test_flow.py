@@ -1,0 +1,173 @@
+"""Distillation of SD3 and FLUX shaped networks by the same trainer and the same methods."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypersd.distill.data import LatentDataset
+from hypersd.distill.recipe import parse_recipe
+from hypersd.distill.trainer import Trainer
+from hypersd.errors import HypersdError
+from hypersd.models.export import load_lora, save_lora
+from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling import sampler_for
+from tests.conftest import FLOW_SCHEDULER, FLUX_SCHEDULER, make_flux, make_sd3
+
+NETWORKS = {"sd3": make_sd3, "flux": make_flux}
+STAGES: dict[str, dict[str, Any]] = {
+    "tscd": {"segments": 4, "grid": 8, "guidance_scale": [3.0, 5.0], "offset_noise": 0.0},
+    "tcd": {"grid": 8, "guidance_scale": [3.0, 5.0]},
+    "lcm": {"grid": 8, "guidance_scale": [3.0, 5.0]},
+    "pcm": {"phases": 4, "grid": 8, "guidance_scale": [3.0, 5.0]},
+    "tdd": {"grid": 16, "guidance_scale": [3.0, 3.0]},
+    "perflow": {"windows": 2, "solver_steps": 2, "guidance_scale": [3.0, 5.0]},
+    "dmd": {"guidance_scale": [3.0, 5.0], "real_score": "base", "consistency": 0.5, "grid": 8, "fake_updates": 1},
+}
+
+
+def latents(shape: str, count: int = 8) -> LatentDataset:
+    generator = torch.Generator().manual_seed(1)
+    width, pooled = {"sd3": (64, 64), "flux": (32, 32)}[shape]
+
+    def cond(n: int) -> dict[str, torch.Tensor]:
+        states = torch.randn(n, 6, width, generator=generator)
+        return {"encoder_hidden_states": states, "pooled_projections": torch.randn(n, pooled, generator=generator)}
+
+    shard = {"latents": torch.randn(count, 4, 8, 8, generator=generator), **cond(count)}
+    return LatentDataset([shard], ["x"] * count, cond(1))
+
+
+def components(shape: str) -> Any:
+    scheduler = {"sd3": FLOW_SCHEDULER, "flux": FLUX_SCHEDULER}[shape]
+    return SimpleNamespace(network=NETWORKS[shape](), scheduler_config=scheduler, vae_scale_factor=4)
+
+
+def recipe(*stages: dict[str, Any], **train: Any) -> Any:
+    settings = {"batch_size": 2, "learning_rate": 1e-3, "gradient_checkpointing": "none"} | train
+    return parse_recipe({"lora": {"rank": 4, "alpha": 4.0}, "train": settings, "stages": list(stages)})
+
+
+def stage(method: str, iterations: int = 2, **changes: Any) -> dict[str, Any]:
+    return {"method": method, "iterations": iterations} | STAGES[method] | changes
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("shape", NETWORKS)
+def test_every_method_trains_and_its_file_samples(shape: str, method: str, tmp_path: Path) -> None:
+    if shape == "flux" and method in ("tcd", "lcm", "pcm", "tdd"):
+        pytest.skip("what is FLUX's own is in what they share with tscd")
+    parts = components(shape)
+    trainer = Trainer(recipe(stage(method)), parts, latents(shape), tmp_path)
+    backbone = trainer.run()
+    assert np.isfinite(losses(tmp_path)).all()
+    assert any(p.abs().max() > 0 for n, p in backbone.role_parameters("ema").items() if "lora_B" in n)
+    # all attention and feed-forward layers of both streams, none of the norms
+    adapted = set(backbone.role_slots("student"))
+    wanted = ("attn.to_q", "attn.to_out.0", "ff.net.2") + (("proj_mlp",) if shape == "flux" else ("add_k_proj",))
+    assert all(any(path.endswith(end) for path in adapted) for end in wanted)
+    assert not any("norm" in path or "embed" in path for path in adapted)
+    _, metadata = load_lora(tmp_path / "lora.safetensors")
+    process = NoiseProcess.from_config(parts.scheduler_config, latent_size=(8, 8))
+    assert metadata["prediction_type"] == "flow_prediction" and metadata["resolution"] == "32"
+    assert metadata.get("embedded_guidance") == {"sd3": None, "flux": "4"}[shape]
+    for count, timesteps in json.loads(metadata["timesteps"]).items():
+        table = sampler_for(process, metadata, int(count))
+        assert len(table) == int(count) and not table.is_guided
+        sigmas = json.loads(metadata["sigmas"])[count]
+        assert np.allclose(sigmas, (np.array(timesteps) + 1) / 1000, rtol=0, atol=1e-12)
+        shifted = process.shift * np.array(sigmas) / (1 + (process.shift - 1) * np.array(sigmas))
+        assert np.allclose(table.timesteps, 1000 * shifted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", NETWORKS)
+def test_training_lowers_the_loss(shape: str, tmp_path: Path) -> None:
+    """The random teacher's field is far from straight; an adapter on every block can follow it on eight latents."""
+    r = recipe(
+        stage("tscd", 60, segments=2, t_end="boundary", loss="mse", target="online", guidance_scale=[4.0, 4.0]),
+        batch_size=8, learning_rate=3e-3,
+    )  # fmt: skip
+    Trainer(r, components(shape), latents(shape), tmp_path).run()
+    found = losses(tmp_path)
+    assert np.mean(found[-15:]) < 0.8 * np.mean(found[:15])
+
+
+@pytest.mark.parametrize("shape", NETWORKS)
+def test_resume_gives_the_bits_of_an_unbroken_run(shape: str, tmp_path: Path) -> None:
+    """Two stages, the second taught by the first; FLUX's guidance is drawn anew for each batch."""
+    r = recipe(
+        stage("tscd", 3), stage("tscd", 3, segments=2, teacher="previous_stage"), checkpoint_every=2, batch_size=2
+    )
+    parts = components(shape)
+    whole = Trainer(r, copy.deepcopy(parts), latents(shape), tmp_path / "whole").run()
+
+    class Stop(Exception):
+        pass
+
+    def stop(name: str, step: int, total: int, loss: float) -> None:
+        if name == "tscd-2" and step == 3:
+            raise Stop
+
+    first = Trainer(r, copy.deepcopy(parts), latents(shape), tmp_path / "broken", progress=stop)
+    with pytest.raises(Stop):
+        first.run()
+    resumed = Trainer(r, copy.deepcopy(parts), latents(shape), tmp_path / "broken").run(resume=True)
+    for role in ("student", "ema"):
+        pairs = zip(whole.role_parameters(role).values(), resumed.role_parameters(role).values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_flux_is_told_the_guidance_of_the_stage(tmp_path: Path) -> None:
+    """One pass per role, each told the same draw from the range; the networks of others are told nothing."""
+    seen: list[tuple[int, Any]] = []
+    for shape in NETWORKS:
+        parts = components(shape)
+        trainer = Trainer(recipe(stage("tscd", 1)), parts, latents(shape), tmp_path / shape)
+        seen.clear()
+        handle = parts.network.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((len(args[0]), kwargs.get("guidance"))), with_kwargs=True
+        )
+        trainer.run()
+        handle.remove()
+        if shape == "flux":
+            guidance = seen[0][1]
+            assert [size for size, _ in seen] == [2, len(seen[1][1]), 2]
+            assert ((guidance >= 3) & (guidance <= 5)).all() and guidance[0] != guidance[1]
+            assert all(torch.isin(told, guidance).all() for _, told in seen)
+        else:  # teacher with both branches of guidance, target, student
+            assert [size for size, _ in seen][::2] == [4, 2] and all(told is None for _, told in seen)
+
+
+def test_a_published_file_starts_a_run_at_its_own_strength(tmp_path: Path) -> None:
+    """train.init takes files without alpha at the weight that they are made for."""
+    path = tmp_path / "Hyper-SD3-8steps-CFG-lora.safetensors"
+    trainer = Trainer(recipe(stage("tscd", 1)), components("sd3"), latents("sd3"), tmp_path / "a")
+    backbone = trainer.backbone
+    with torch.no_grad():
+        for parameter in backbone.role_parameters("student").values():
+            parameter.normal_(0, 0.1)
+    save_lora(path, backbone, "student", {}, "hyper")
+    state, metadata = load_lora(path)
+    assert metadata["lora_scale"] == "0.125" and not any("alpha" in key for key in [*state, *metadata])
+    r = recipe(stage("tscd", 1), init=str(path))
+    other = Trainer(r, components("sd3"), latents("sd3"), tmp_path / "b").backbone
+    for layers in zip(backbone.lora_layers("student").values(), other.lora_layers("student").values(), strict=True):
+        ours, theirs = (layer.scale * layer.b @ layer.a for layer in layers)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_a_critic_wants_a_unet(tmp_path: Path) -> None:
+    r = recipe(stage("tscd", 1, adversarial_weight=0.1))
+    with pytest.raises(HypersdError, match="needs a UNet"):
+        Trainer(r, components("sd3"), latents("sd3"), tmp_path).run()
