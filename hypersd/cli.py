@@ -121,6 +121,7 @@ def distill(
         dataset = resolve.load_dataset(
             loaded, components, out / "latents", lambda done, total: progress("encode pictures", done, total)
         )
+        components.drop_text_encoders()
         trainer = Trainer(
             loaded, components, dataset, out,
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),

@@ -21,7 +21,7 @@ from hypersd.distill.stages import StructureTerm
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
-from hypersd.models.load import Components, load_components
+from hypersd.models.load import Components, load_components, skeletons
 from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import load_reward, load_segmenter
@@ -273,10 +273,9 @@ def merge(
     from hypersd.models import formats
     from hypersd.models.export import save_lora
     from hypersd.models.merge import concatenate, truncate
-    from hypersd.plan import network_skeleton
 
     # memory that is never touched is never taken: only names and shapes of the network matter here
-    backbone = Backbone(network_skeleton(model_folder(model)).to_empty(device="cpu"), roles=())
+    backbone = Backbone(skeletons(model_folder(model), only_network=True)["network"].to_empty(device="cpu"), roles=())
     loras, headers = [], []
     for source in sources:
         state, metadata = read_lora(source)

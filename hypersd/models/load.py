@@ -95,6 +95,10 @@ class Components:
         shift of flow models that shift dynamically (FLUX)."""
         return NoiseProcess.from_config(self.scheduler_config, latent_size=latent_size or self.latent_shape[1:])
 
+    def drop_text_encoders(self) -> None:
+        """Let go of what is not needed any more once the captions are encoded; T5 is as large as a network."""
+        self.text_encoders, self.tokenizers = [], []
+
     def to(self, device: str | torch.device) -> Components:
         for module in (self.network, self.vae, *self.text_encoders):
             if module is not None:
@@ -187,11 +191,26 @@ def layout_of(folder: Path, index: dict[str, Any]) -> str:
     return layout
 
 
-def network_folder(folder: Path) -> tuple[Path, type]:
-    """Where the network of a model folder lies, and its class. Raises HypersdError as `load_components` does."""
+def skeletons(folder: Path, *, only_network: bool = False) -> dict[str, Any]:
+    """The network ("network"), the VAE and the text encoders of a model folder by name, built from their config.json on
+    the meta device: names and shapes without weights. Raises HypersdError where a config is missing or wrong."""
     index = read_index(folder)
-    name = _LAYOUTS[layout_of(folder, index)][0]
-    return folder / name, _class_of(folder, index, name)
+    name, encoders, _ = _LAYOUTS[layout_of(folder, index)]
+    found = {}
+    for part in (name,) if only_network else (name, "vae", *encoders):
+        if not _is_listed(index, part):
+            continue
+        cls: Any = _class_of(folder, index, part)
+        config = _read_json(folder / part / "config.json")
+        is_diffusers = index[part][0] == "diffusers"
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config) if is_diffusers else cls(cls.config_class.from_dict(config))
+        except Exception as error:
+            path = folder / part / "config.json"
+            raise HypersdError(f"{path} does not describe a {cls.__name__}: {_one_line(error)}") from None
+        found["network" if part == name else part] = model
+    return found
 
 
 def _is_listed(index: dict[str, Any], name: str) -> bool:

@@ -18,15 +18,21 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    assert shipped() == ["emoji-feedback", "emoji-full", "emoji-quick", "emoji-unified", "sd15", "sdxl"]
+    emoji = ["emoji-cfg", "emoji-feedback", "emoji-full", "emoji-quick", "emoji-unified"]
+    assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
         if name == "emoji-feedback":  # it begins with a finished LoRA
             assert [stage.name for stage in load_recipe(name).stages] == ["feedback"]
             continue
+        if name == "emoji-cfg":  # guidance is left to the sampler
+            (stage,), data = load_recipe(name).stages, load_recipe(name).data
+            assert stage.name == "tscd-8" and stage.guidance_scale == (1.0, 1.0) and stage.sampling_guidance == 2.5
+            assert 0.1 <= data.caption_dropout <= 0.2 and stage.teacher_passes == 1
+            continue
         after = {"emoji-unified": ["dmd"]}.get(name, [])
         assert [stage.name for stage in load_recipe(name).stages] == tscd + after
-    for name in ("sd15", "sdxl"):
+    for name in ("flux", "sd15", "sd3", "sdxl"):
         train = load_recipe(name).train
         assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
 

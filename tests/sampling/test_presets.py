@@ -82,4 +82,4 @@ def test_a_renamed_file_is_sampled_by_the_rules(tiny_sd_folder, tmp_path):
     state, metadata = resolve.read_lora(path)
     backbone, _, process = resolve.load_with_lora(str(tiny_sd_folder), state, metadata, "cpu")
     assert [slot.scale["lora"] for slot in backbone.role_slots("lora").values()] == [0.125]
-    assert len(sampler_for(process, metadata)) == 8 and len(sampler_for(process, metadata, 6)) == 6
+    assert len(sampler_for(SD3, metadata)) == 8 and len(sampler_for(SD3, metadata, 6)) == 6
