@@ -147,3 +147,22 @@ def test_only_what_the_evaluator_can_judge(components, backbone):
 def test_captions_that_do_not_match_the_pictures():
     with pytest.raises(HypersdError, match="4 reference pictures but 3 captions"):
         Reference(np.zeros((4, 8, 8, 3), np.uint8), ["a"] * 3)
+
+
+def test_table_of_a_network_that_is_told_its_guidance(tiny_flux_folder):
+    """No row of FLUX takes a second pass; teacher and undistilled are told the guidance that was asked for."""
+    flux = load_components(tiny_flux_folder)
+    flux.resolution = (32, 32)
+    told = []
+    flux.network.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append((len(args[0]), set(kwargs["guidance"].tolist()))), with_kwargs=True
+    )
+    small = Backbone(flux.network, LoraSpec(2, 2.0, ("to_q",)))
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    result = evaluate(
+        flux, small, Reference(images, ["a", "b"], None), Colours(), steps=(1,), teacher_steps=2, guidance_scale=2.0,
+        variety=(1, 2),
+    )  # fmt: skip
+    assert [result.rows[name]["nfe"] if name == "teacher" else result.rows[name]["1"]["nfe"] for name in
+            ("teacher", "undistilled", "student")] == [2, 1, 1]  # fmt: skip
+    assert {size for size, _ in told} == {2} and {2.0} in [g for _, g in told] and {3.5} in [g for _, g in told]
