@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hypersd.distill.stage import ConsistencyStage, GuidedStage, Positive, Probability, Range
+from hypersd.distill.stage import (
+    BaseStage,
+    ConsistencyStage,
+    GuidedStage,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    paired_critic_evaluations,
+)
 
 
 class LCMStage(ConsistencyStage):
@@ -97,3 +106,87 @@ class PeRFlowStage(GuidedStage):
     @property
     def network_evaluations(self) -> float:
         return self.solver_steps * self.teacher_passes + 3
+
+
+class LightningStage(GuidedStage):
+    """Progressive adversarial distillation of `teacher_steps` steps to `student_steps` (hypersd.distill.lightning).
+
+    `teacher`: "base", the undistilled model with guidance, or "previous_stage", which was made for `teacher_steps`.
+    `mse_weight`: of the distance; `adversarial_weight`: of the opinion of a critic, new in each stage, a trained copy
+    of the encoder, which in the last part `unconditional` of the stage no longer sees where a jump started.
+    `critic_learning_rate` None: the student's. `critic_levels`: parts of T, to one of which, drawn for each sample, an
+    end is diffused before the critic sees it. `starts`: number of trailing steps that jumps start from, a multiple of
+    `student_steps` (None: those). `pure_noise`: chance that a start at the last timestep is pure noise.
+    """
+
+    method: Literal["lightning"]
+    student_steps: Positive
+    teacher_steps: Positive
+    teacher: Literal["base", "previous_stage"] = "previous_stage"
+    mse_weight: NonNegative = 1.0
+    adversarial_weight: NonNegative = 0.0
+    unconditional: Probability = 0.25
+    critic_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    critic_levels: Annotated[tuple[Probability, ...], Field(strict=False)] = ()
+    starts: Positive | None = None
+    pure_noise: Probability = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LightningStage:
+        if self.teacher_steps <= self.student_steps or self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"teacher_steps = {self.teacher_steps} must be a multiple of student_steps ({self.student_steps})"
+            )
+        if self.starts is not None and self.starts % self.student_steps:
+            raise ValueError(f"starts = {self.starts} must be a multiple of student_steps ({self.student_steps})")
+        if self.mse_weight == self.adversarial_weight == 0:
+            raise ValueError("nothing to learn from: mse_weight and adversarial_weight are both 0")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.teacher_steps}-{self.student_steps}"
+
+    @property
+    def steps(self) -> int:
+        return self.student_steps
+
+    @property
+    def needs_previous(self) -> bool:
+        return self.teacher == "previous_stage"
+
+    @property
+    def improves(self) -> bool:
+        return self.needs_previous
+
+    @property
+    def alone(self) -> str:
+        return 'teacher = "base"'
+
+    @property
+    def teacher_passes(self) -> int:
+        return 1 if self.needs_previous else super().teacher_passes
+
+    @property
+    def path(self) -> float:
+        """Steps of the teacher in one of the student's jumps, the mean over the starts."""
+        starts = self.starts or self.student_steps
+        each = self.teacher_steps // self.student_steps
+        # start i / starts lies in the student's jump number j, which ends at j / student_steps
+        jumps = [(-(-i * self.student_steps // starts) - 1, i) for i in range(1, starts + 1)]
+        return sum(-(-i * self.teacher_steps // starts) - j * each for j, i in jumps) / starts
+
+    @property
+    def network_evaluations(self) -> float:
+        taught = self.path * self.teacher_passes
+        student = 3 + (taught if self.mse_weight > 0 else 0)
+        if self.adversarial_weight == 0:
+            return student
+        return student + taught + 1 + paired_critic_evaluations(self.unconditional)
+
+    def follow(self, before: BaseStage) -> None:
+        if before.method not in (self.method, "tscd") or before.steps != self.teacher_steps:
+            raise ValueError(
+                f"a teacher of {self.teacher_steps} steps must be a lightning or tscd stage made for as many, "
+                f"not {before.name}"
+            )

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from hypersd.distill.competitor_stages import LCMStage, PCMStage, PeRFlowStage, TDDStage
+from hypersd.distill.competitor_stages import LCMStage, LightningStage, PCMStage, PeRFlowStage, TDDStage
 from hypersd.distill.stage import (
     ENCODER,
     BaseStage,
@@ -303,6 +303,7 @@ class FeedbackStage(BaseStage):
         return False  # a reward is asked about a picture and its caption
 
 
-AnyStage = TSCDStage | TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | DMDStage | FeedbackStage
+Competitors = TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | LightningStage
+AnyStage = TSCDStage | Competitors | DMDStage | FeedbackStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 STAGES: dict[str, type[BaseStage]] = {get_args(c.model_fields["method"].annotation)[0]: c for c in get_args(AnyStage)}

@@ -25,6 +25,7 @@ from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.health import Guard, good_name
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
+from hypersd.distill.lightning import Lightning
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method, StructureLoss
 from hypersd.distill.parts import guidances, model_metadata
@@ -36,6 +37,7 @@ from hypersd.distill.stages import (
     DMDStage,
     FeedbackStage,
     LCMStage,
+    LightningStage,
     PCMStage,
     PeRFlowStage,
     TCDStage,
@@ -62,6 +64,7 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     PCMStage: PCM,
     TDDStage: TDD,
     PeRFlowStage: PeRFlow,
+    LightningStage: Lightning,
     DMDStage: DMD,
     FeedbackStage: Feedback,
 }

@@ -25,6 +25,8 @@ BASE = "emoji-full"  # model, data, adapter and optimizer of every variant
 TABLES = {
     "2": "Every method at 1, 2, 4 and 8 steps",
     "3": "TCD and TSCD",
+    "4": "One LoRA for every number of steps",
+    "5": "Score distillation: alone, after TCD, after TSCD",
     "teacher": "TSCD: who teaches the later stages",
     "t_end": "TSCD: where the two jumps meet",
     "k": "TSCD: the numbers of segments",
@@ -78,7 +80,7 @@ def late(k: int) -> dict[str, Any]:
 
 def ablations() -> list[Variant]:
     ladder = (8, 4, 2, 1)
-    found = [Variant(("2", "3", "k", "teacher", "t_end", "distance", "N"), "tscd", "8-4-2-1", segments(*ladder))]
+    found = [Variant(("2", "3", "5", "k", "teacher", "t_end", "distance", "N"), "tscd", "8-4-2-1", segments(*ladder))]
     found.append(Variant(("3",), "tscd", "8-4-2-1 by stage", segments(*ladder), by_stage=True, trained_as="8-4-2-1"))
     found += [Variant(("k",), "tscd", name, segments(*ks)) for name, ks in (("1", (1,)), ("4-1", (4, 1)))]
     previous = segments(8) + tuple(s | {"teacher": "previous_stage", "grid": 16} for s in segments(4, 2, 1))
@@ -86,25 +88,60 @@ def ablations() -> list[Variant]:
     found += [Variant(("t_end",), "tscd", f"t_end={p}", segments(*ladder, t_end=p)) for p in ("uniform", "boundary")]
     found += [Variant(("distance",), "tscd", d, segments(*ladder, loss=d)) for d in ("mse", "huber", "l1")]
     found.append(Variant(("distance",), "tscd", "inv_b2", segments(*ladder, weighting="inv_b2")))
+    for critic in ("features", "encoder"):
+        staged = segments(*ladder, critic=critic, staged_weights=True)
+        found.append(Variant(("distance",), "tscd", f"critic {critic}", staged))
     found += [Variant(("N",), "tscd", f"N={n}", segments(*ladder, grid=n)) for n in (20, 200)]
     return found
+
+
+def lightning(steps: int) -> Variant:
+    """From the base model to four times or twice as many steps by the mean square error; then to `steps` by the critic,
+    halving, with the paper's further starts and noise levels for two steps and one."""
+    first = 2 * steps if steps == 8 else 8
+    common = {"method": "lightning", "mse_weight": 0.0, "adversarial_weight": 1.0, "learning_rate": 3e-5}
+    stages: list[dict[str, Any]] = [
+        {"method": "lightning", "teacher": "base", "teacher_steps": 4 * first, "student_steps": first}
+    ]
+    while (now := stages[-1]["student_steps"]) > steps:
+        few = {"starts": 4, "critic_levels": [0.01, 0.25, 0.5, 0.75]} if now <= 4 else {}
+        stages.append(common | {"teacher_steps": now, "student_steps": now // 2} | few)
+    return Variant(("2",), "lightning", f"steps={steps}", tuple(stages), (steps,))
+
+
+def unified() -> list[Variant]:
+    """The recipe emoji-unified; its score distillation from the base model and after TCD; the shares are its own."""
+    recipe = load_recipe("emoji-unified")
+    stages = [stage.model_dump(mode="json", exclude_unset=True, exclude={"iterations"}) for stage in recipe.stages]
+    costs = np.array([stage.iterations * stage.network_evaluations for stage in recipe.stages])
+    shares = tuple((costs / costs.sum()).tolist())
+    # from the base model nothing keeps other step counts, and there is no beginning worth an anchor
+    alone = stages[-1] | {"anchor": [0.0, 0.0], "consistency": 0.0, "learning_rate": 1e-4}
+    return [
+        Variant(("2", "4", "5"), "unified", "", tuple(stages), shares=shares),
+        Variant(("5",), "unified", "DMD", (alone,), (1,)),
+        Variant(("5",), "unified", "TCD+DMD", ({"method": "tcd"}, stages[-1]), shares=(1 - shares[-1], shares[-1])),
+    ]
 
 
 VARIANTS: list[Variant] = [
     Variant(("2",), TEACHER, steps=(TEACHER_STEPS,)),
     Variant(("2",), UNDISTILLED),
     Variant(("2",), "lcm", stages=({"method": "lcm"},)),
-    Variant(("2", "3"), "tcd", stages=({"method": "tcd"},)),
+    Variant(("2", "3", "5"), "tcd", stages=({"method": "tcd"},)),
     # weights that are made for one number of steps get the whole budget for each
     *(Variant(("2",), "pcm", f"phases={k}", ({"method": "pcm", "phases": k},), (k,)) for k in STEPS),
     Variant(("2",), "tdd", stages=({"method": "tdd", "sampling_steps": [1, 8]},)),
     *(Variant(("2",), "perflow", f"windows={k}", ({"method": "perflow", "windows": k},), (k,)) for k in STEPS),
+    *(lightning(k) for k in STEPS),
+    *unified(),
     *ablations(),
 ]
 
 
 def recipe_of(variant: Variant, budget: float, seed: int, overrides: Sequence[str] = ()) -> Recipe:
-    """The variant's recipe: iterations so that the run costs `budget` network evaluations, at least one a stage."""
+    """The variant's recipe: iterations so that the run costs `budget` network evaluations, at least one a stage. The
+    warm-up takes at most a quarter of the shortest stage."""
     document = load_recipe(BASE, overrides).model_dump(mode="json", exclude={"stages"}, exclude_none=True)
     document["train"]["seed"] = seed
     document["data"] |= dict(variant.data)
@@ -114,6 +151,8 @@ def recipe_of(variant: Variant, budget: float, seed: int, overrides: Sequence[st
     shares = variant.shares or (1.0 / len(stages),) * len(stages)
     for stage, one, share in zip(stages, typed, shares, strict=True):
         stage["iterations"] = max(1, round(share * budget / (batch * one.network_evaluations)))
+    shortest = min((stage["iterations"] for stage in stages), default=0)
+    document["train"]["warmup"] = min(document["train"]["warmup"], shortest // 4)
     return parse_recipe(document | {"stages": stages}, variant.folder)
 
 

@@ -26,7 +26,7 @@ VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 # the schedule of the SD family, written out
 ABAR = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-WEIGHTS = {"base": 0.3, "student": -0.2, "ema": 0.7}
+WEIGHTS = {"base": 0.3, "student": -0.2, "ema": 0.7, "previous": 0.5}
 KEY = (3, 1, 4)
 SIZE = 64
 
@@ -94,7 +94,7 @@ class Scene:
 
 def built(scene: Scene, **options: Any) -> tuple[Any, Linear]:
     config = FLOW if scene.kind == "flow" else VP | {"prediction_type": scene.kind}
-    (stage,) = parse_recipe({"stages": [{"iterations": 1} | options]}).stages
+    (stage,) = parse_recipe({"train": {"init": "any"}, "stages": [{"iterations": 1} | options]}).stages
     net = Linear()
     context = Context(net, NoiseProcess.from_config(config), {"c": scene.empty})  # type: ignore[arg-type]
     return METHODS[type(stage)](stage, context), net

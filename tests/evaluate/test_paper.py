@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hypersd import cli
+from hypersd.distill.recipe import load_recipe
 from hypersd.errors import HypersdError
 from hypersd.evaluate.paper import COLUMNS, TABLES, VARIANTS, Ledger, Variant, draw, evaluations_of, recipe_of, spread
 
@@ -31,6 +32,37 @@ def test_every_variant_spends_the_budget() -> None:
     halves = Variant(("2",), "lcm", "", ({"method": "lcm"}, {"method": "tcd"}), shares=(0.75, 0.25))
     first, second = recipe_of(halves, 300_000, 0, ["train.batch_size=10"]).stages
     assert (first.iterations, second.iterations) == (3750, 1250)
+    assert recipe_of(halves, 300_000, 0).train.warmup == 50 and recipe_of(halves, 30_000, 0).train.warmup == 39 // 4
+
+
+def test_the_unified_variant_is_the_shipped_recipe() -> None:
+    shipped = load_recipe("emoji-unified")
+    unified = next(v for v in VARIANTS if v.folder == "unified")
+    costs = [stage.iterations * stage.network_evaluations for stage in shipped.stages]
+    recipe = recipe_of(unified, 32 * sum(costs), 0)
+    assert recipe.stages == shipped.stages and recipe.train == shipped.train
+    assert unified.tables == ("2", "4", "5") and unified.steps == (1, 2, 4, 8)
+    table5 = {(v.method, v.name): v for v in VARIANTS if "5" in v.tables}
+    assert set(table5) == {
+        ("tcd", ""),
+        ("tscd", "8-4-2-1"),
+        ("unified", ""),
+        ("unified", "DMD"),
+        ("unified", "TCD+DMD"),
+    }
+    (alone,) = recipe_of(table5["unified", "DMD"], 300_000, 0).stages
+    assert alone.consistency == 0 and alone.real_score == "base" and alone.network_evaluations == 3 + 2 + 1 + 5 * 4
+
+
+def test_lightning_halves_down_to_the_steps_that_are_judged() -> None:
+    ladders = {v.steps: v for v in VARIANTS if v.method == "lightning"}
+    for steps, expected in (((1,), [8, 4, 2, 1]), ((2,), [8, 4, 2]), ((4,), [8, 4]), ((8,), [16, 8])):
+        stages = recipe_of(ladders[steps], 300_000, 0).stages
+        assert [stage.steps for stage in stages] == expected
+        assert stages[0].teacher == "base" and stages[0].mse_weight == 1 and stages[0].adversarial_weight == 0
+        assert all(
+            s.teacher == "previous_stage" and s.adversarial_weight == 1 and s.mse_weight == 0 for s in stages[1:]
+        )
 
 
 def test_variants_are_told_apart() -> None:
@@ -38,10 +70,11 @@ def test_variants_are_told_apart() -> None:
     assert len(set(keys)) == len(keys)
     assert {table for v in VARIANTS for table in v.tables} == set(TABLES)
     assert {v.method for v in VARIANTS} >= {"teacher", "undistilled", "lcm", "tcd", "pcm", "tdd", "perflow", "tscd"}
+    assert {v.method for v in VARIANTS} >= {"lightning", "unified"}
     trainings: dict[str, Any] = {}
     for v in VARIANTS:  # one folder, one training
         assert trainings.setdefault(v.folder, (v.stages, v.data)) == (v.stages, v.data)
-    for method in ("lcm", "tcd", "pcm", "tdd", "tscd"):
+    for method in ("lcm", "tcd", "pcm", "tdd", "tscd", "lightning", "unified"):
         judged = {steps for v in VARIANTS if v.method == method and "2" in v.tables for steps in v.steps}
         assert judged >= {1, 2, 4, 8}
 
