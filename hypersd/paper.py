@@ -39,6 +39,7 @@ from hypersd.resolve import (
     has_bfloat16,
     load_dataset,
     load_model,
+    load_rewards,
     load_with_lora,
     pick_device,
     read_lora,
@@ -135,6 +136,7 @@ class Paper:
                 progress=lambda stage, step, total, loss: progress(
                     f"{variant.folder} {stage}", step, total, f"loss {loss:.3g}"
                 ),
+                **load_rewards(recipe, components),
             )  # fmt: skip
             trainer.run(resume=trainer.checkpoint.exists())
         atomic_write(done, lambda path: path.write_text(json.dumps(own), "utf-8"))

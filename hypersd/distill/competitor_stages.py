@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,10 +11,12 @@ from hypersd.distill.stage import (
     BaseStage,
     ConsistencyStage,
     GuidedStage,
+    MatchingStage,
     NonNegative,
     Positive,
     Probability,
     Range,
+    Section,
     paired_critic_evaluations,
 )
 
@@ -190,3 +193,71 @@ class LightningStage(GuidedStage):
                 f"a teacher of {self.teacher_steps} steps must be a lightning or tscd stage made for as many, "
                 f"not {before.name}"
             )
+
+
+class DMD2Stage(MatchingStage):
+    """Distribution matching with a GAN for sampling at `timesteps` (hypersd.distill.dmd2); the real score is the base
+    model with guidance, real pictures are the data's."""
+
+    method: Literal["dmd2"]
+    timesteps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (
+        999,
+        749,
+        499,
+        249,
+    )
+    adversarial_weight: NonNegative = 5e-3
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DMD2Stage:
+        if any(a <= b for a, b in pairwise(self.timesteps)):
+            raise ValueError(f"timesteps {list(self.timesteps)} must descend")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.steps}"
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake",)
+
+    @property
+    def network_evaluations(self) -> float:
+        return sum(self.matching_evaluations((self.steps - 1) / 2, self.teacher_passes))
+
+
+class LinearReward(Section):
+    """`weight` times the mean of minus the reward; `weight = 0` only watches it. `kind` and `path` as in a feedback
+    stage's rewards."""
+
+    kind: str
+    path: str | None = None
+    weight: NonNegative = 1.0
+
+
+class RGLCDStage(LCMStage):
+    """Reward-guided latent consistency distillation (hypersd.distill.rg_lcd): LCM, and `rewards` of the pictures that
+    the student's single jumps end in. `check_every`: steps in each of the means that over-optimisation is told from."""
+
+    method: Literal["rg_lcd"]  # type: ignore[assignment]
+    rewards: list[LinearReward]
+    check_every: Positive = 25
+
+    @model_validator(mode="after")
+    def _has_a_reward(self) -> RGLCDStage:
+        kinds = [reward.kind for reward in self.rewards]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"reward {twice[0]} is there twice")
+        if not any(reward.weight > 0 for reward in self.rewards):
+            raise ValueError('no reward to learn from: give one with a weight, or use method = "lcm"')
+        return self
+
+    @property
+    def drops_captions(self) -> bool:
+        return False  # a reward is asked about a picture and its caption

@@ -13,7 +13,7 @@ the 4-step student (`starts`), and diffuses what the critic sees to one of sever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from hypersd.distill.adversarial import EncoderAdversary, Ends
 from hypersd.distill.competitor_stages import LightningStage
 from hypersd.distill.data import Batch
+from hypersd.distill.health import Monitor
 from hypersd.distill.method import BASE, PREVIOUS, STUDENT, Auxiliary, Context, Draw
 from hypersd.distill.parts import Cond, guided_coef, network_time, on_device, sampling_metadata, teacher_step
 from hypersd.kernels import affine_step
@@ -42,13 +43,14 @@ class Lightning:
             np.append(-1, trailing(steps, trained)[::-1]) for steps in (stage.student_steps, stage.teacher_steps)
         )
         self.teacher = BASE if stage.teacher == "base" else PREVIOUS
-        self.guided = stage.teacher_passes == 2
+        self.guided = stage.teacher_passes == 2 and not context.embeds_guidance
         self.adversary: EncoderAdversary | None = None
         self.measures: dict[str, Tensor] = {}
+        self.monitors: list[Monitor] = []
         if stage.adversarial_weight > 0:
             rate, levels = stage.critic_learning_rate, stage.critic_levels
             self.adversary = EncoderAdversary(context, stage.name, rate, stage.unconditional, levels)
-            self.measures = self.adversary.measures
+            self.measures, self.monitors = self.adversary.measures, [*self.adversary.monitors]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch. latents (B, C, ...), one start and guidance scale per sample."""
@@ -63,10 +65,6 @@ class Lightning:
 
     def auxiliaries(self) -> Sequence[Auxiliary]:
         return () if self.adversary is None else [self.adversary.auxiliary(self._critic_loss)]
-
-    def after_step(self, step: int, measures: Mapping[str, float]) -> str | None:
-        """A warning where the critic always wins, else None."""
-        return None if self.adversary is None else self.adversary.after_step(step, measures)
 
     @staticmethod
     def metadata(stage: LightningStage, process: NoiseProcess) -> dict[str, str]:

@@ -120,6 +120,35 @@ class ConsistencyStage(GuidedStage):
         return self.teacher_passes + 1 + 3
 
 
+class MatchingStage(GuidedStage):
+    """Distribution matching (hypersd.distill.matching): a real and a fake score, compared at timesteps within `t_range`
+    (parts of all), say where to move the student's samples.
+
+    The fake score is an adapter of its own that learns those samples, `fake_updates` steps for each one of the student.
+    `adversarial_weight` above 0: of what a GAN head on the fake network's bottleneck says of them; `critic_weight`: of
+    the head's own loss beside the fake score's. Learning rate None: the student's.
+    """
+
+    guidance_scale: Range = (8.0, 8.0)
+    t_range: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.02, 0.98)
+    fake_updates: Positive = 5
+    fake_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    adversarial_weight: NonNegative = 0.0
+    critic_weight: NonNegative = 1e-2
+
+    @model_validator(mode="after")
+    def _levels(self) -> MatchingStage:
+        if self.t_range[0] > self.t_range[1]:
+            raise ValueError(f"t_range {list(self.t_range)} is not a range; the smaller value comes first")
+        return self
+
+    def matching_evaluations(self, simulated: float, real: float) -> tuple[float, float]:
+        """Of the student's step, with both scores, and of all the fake score's steps, where a sample takes `simulated`
+        passes before its last. The GAN head looks at one picture in the former, and at two in each of the latter."""
+        look = 3 * ENCODER if self.adversarial_weight > 0 else 0.0
+        return simulated + 3 + real + 1 + look, self.fake_updates * (simulated + 1 + 3 + 2 * look)
+
+
 def paired_critic_evaluations(unpaired: float) -> float:
     """What an encoder critic costs a sample, on average over a stage whose last part `unpaired` shows it no starts: the
     student's end with a gradient and the start without; in the critic's step both ends and the start, with one."""

@@ -10,12 +10,20 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from hypersd.distill.competitor_stages import LCMStage, LightningStage, PCMStage, PeRFlowStage, TDDStage
+from hypersd.distill.competitor_stages import (
+    DMD2Stage,
+    LCMStage,
+    LightningStage,
+    PCMStage,
+    PeRFlowStage,
+    RGLCDStage,
+    TDDStage,
+)
 from hypersd.distill.stage import (
     ENCODER,
     BaseStage,
     ConsistencyStage,
-    GuidedStage,
+    MatchingStage,
     NonNegative,
     Positive,
     Probability,
@@ -143,13 +151,11 @@ class TCDStage(ConsistencyStage):
         return self.segments
 
 
-class DMDStage(GuidedStage):
+class DMDStage(MatchingStage):
     """Distribution matching on the student's one-step samples (hypersd.distill.dmd).
 
-    The student, fed noise at `timestep` (None: the last one), makes x_0; a real and a fake score, compared at timesteps
-    within `t_range` (parts of all), say where to move it. `real_score`: "tscd" is the student as it was when the stage
-    began, "base" the undistilled model with guidance. The fake score is an adapter of its own that learns the student's
-    samples, `fake_updates` steps for each one of the student.
+    The student, fed noise at `timestep` (None: the last one), makes x_0. `real_score`: "tscd" is the student as it was
+    when the stage began, "base" the undistilled model with guidance.
     `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
     what the beginning's weights make of the same noise in `anchor_steps` steps.
     `consistency`: the share of each batch that trains on the one-segment consistency loss instead (hypersd.distill.tscd
@@ -159,21 +165,11 @@ class DMDStage(GuidedStage):
     method: Literal["dmd"]
     timestep: Annotated[int, Field(ge=1)] | None = None
     real_score: Literal["tscd", "base"] = "tscd"
-    guidance_scale: Range = (8.0, 8.0)
-    t_range: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.02, 0.98)
-    fake_updates: Positive = 5
-    fake_learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: the student's
     anchor: Annotated[tuple[NonNegative, NonNegative], Field(strict=False)] = (0.25, 0.05)
     anchor_steps: Positive = 4
     consistency: Probability = 0.3
     consistency_weight: NonNegative = 1.0
     grid: Positive = 40
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DMDStage:
-        if self.t_range[0] > self.t_range[1]:
-            raise ValueError(f"t_range {list(self.t_range)} is not a range; the smaller value comes first")
-        return self
 
     @property
     def steps(self) -> int:
@@ -197,10 +193,10 @@ class DMDStage(GuidedStage):
 
     @property
     def network_evaluations(self) -> float:
-        real = 1 if self.real_score == "tscd" else self.teacher_passes
-        matching = 3 + real + 1 + (self.anchor_steps if any(self.anchor) else 0)
+        student, fake = self.matching_evaluations(0, 1 if self.real_score == "tscd" else self.teacher_passes)
+        student += self.anchor_steps if any(self.anchor) else 0
         joint = self.teacher_passes + 1 + 3
-        return (1 - self.consistency) * matching + self.consistency * joint + self.fake_updates * (1 + 3)
+        return (1 - self.consistency) * student + self.consistency * joint + fake
 
 
 class RewardTerm(Section):
@@ -303,7 +299,7 @@ class FeedbackStage(BaseStage):
         return False  # a reward is asked about a picture and its caption
 
 
-Competitors = TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | LightningStage
+Competitors = TCDStage | LCMStage | PCMStage | TDDStage | PeRFlowStage | LightningStage | DMD2Stage | RGLCDStage
 AnyStage = TSCDStage | Competitors | DMDStage | FeedbackStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 STAGES: dict[str, type[BaseStage]] = {get_args(c.model_fields["method"].annotation)[0]: c for c in get_args(AnyStage)}

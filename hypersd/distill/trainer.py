@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.dmd import DMD
+from hypersd.distill.dmd2 import DMD2
 from hypersd.distill.feedback import Feedback
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.health import Guard, good_name
@@ -32,14 +33,17 @@ from hypersd.distill.parts import guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.recipe import Recipe
+from hypersd.distill.rg_lcd import RGLCD
 from hypersd.distill.stages import (
     BaseStage,
+    DMD2Stage,
     DMDStage,
     FeedbackStage,
     LCMStage,
     LightningStage,
     PCMStage,
     PeRFlowStage,
+    RGLCDStage,
     TCDStage,
     TDDStage,
     TSCDStage,
@@ -65,6 +69,8 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     TDDStage: TDD,
     PeRFlowStage: PeRFlow,
     LightningStage: Lightning,
+    DMD2Stage: DMD2,
+    RGLCDStage: RGLCD,
     DMDStage: DMD,
     FeedbackStage: Feedback,
 }

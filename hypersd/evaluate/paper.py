@@ -17,6 +17,7 @@ import numpy as np
 
 from hypersd.distill.recipe import Recipe, load_recipe, parse_recipe
 from hypersd.errors import HypersdError
+from hypersd.sampling.timesteps import trailing
 
 TEACHER, UNDISTILLED = "teacher", "undistilled"
 GUIDANCE, TEACHER_STEPS = 2.5, 25
@@ -33,6 +34,7 @@ TABLES = {
     "distance": "TSCD: the distance",
     "N": "TSCD: points of the solver's grid",
 }
+REWARDS = [{"kind": "scene_alignment", "weight": 0.3}, {"kind": "judge_preference", "weight": 0.0}]  # of rg_lcd
 COLUMNS = ("frechet", "frechet_to_teacher", "alignment", "objects", "aesthetic", "diversity")
 LOWER_IS_BETTER = ("frechet", "frechet_to_teacher")
 
@@ -109,6 +111,12 @@ def lightning(steps: int) -> Variant:
     return Variant(("2",), "lightning", f"steps={steps}", tuple(stages), (steps,))
 
 
+def dmd2(steps: int) -> Variant:
+    """From the base model, sampled at the trailing timesteps."""
+    stage = {"method": "dmd2", "timesteps": trailing(steps).tolist(), "learning_rate": 1e-4, "fake_learning_rate": 1e-4}
+    return Variant(("2",), "dmd2", f"steps={steps}", (stage,), (steps,))
+
+
 def unified() -> list[Variant]:
     """The recipe emoji-unified; its score distillation from the base model and after TCD; the shares are its own."""
     recipe = load_recipe("emoji-unified")
@@ -134,6 +142,8 @@ VARIANTS: list[Variant] = [
     Variant(("2",), "tdd", stages=({"method": "tdd", "sampling_steps": [1, 8]},)),
     *(Variant(("2",), "perflow", f"windows={k}", ({"method": "perflow", "windows": k},), (k,)) for k in STEPS),
     *(lightning(k) for k in STEPS),
+    *(dmd2(k) for k in STEPS),
+    Variant(("2",), "rg_lcd", stages=({"method": "rg_lcd", "rewards": REWARDS},)),
     *unified(),
     *ablations(),
 ]

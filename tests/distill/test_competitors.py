@@ -26,7 +26,7 @@ VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 # the schedule of the SD family, written out
 ABAR = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-WEIGHTS = {"base": 0.3, "student": -0.2, "ema": 0.7, "previous": 0.5}
+WEIGHTS = {"base": 0.3, "student": -0.2, "ema": 0.7, "previous": 0.5, "fake": 0.1}
 KEY = (3, 1, 4)
 SIZE = 64
 
@@ -38,6 +38,9 @@ class Linear(nn.Module):
         super().__init__()
         self.w = nn.ParameterDict({k: nn.Parameter(torch.tensor(v, dtype=torch.float64)) for k, v in WEIGHTS.items()})
         self.evaluations = 0.0
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        return {"w": self.w[role]}
 
     def forward(self, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor], *, role: str = "base") -> Tensor:
         self.evaluations += len(x_t) * (3 if torch.is_grad_enabled() else 1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch, LatentDataset
-from hypersd.distill.dmd import DMD, network_target
+from hypersd.distill.dmd import DMD
+from hypersd.distill.matching import network_target
 from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.stages import DMDStage

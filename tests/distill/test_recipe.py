@@ -65,8 +65,8 @@ def test_overrides() -> None:
         ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
         (
             "stages.0.method=tscx",
-            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow, lightning, dmd,"
-            " feedback; did you mean 'tscd'?",
+            "stages.0.method: found 'tscx', should be one of tscd, tcd, lcm, pcm, tdd, perflow, lightning, dmd2,"
+            " rg_lcd, dmd, feedback; did you mean 'tscd'?",
         ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),

@@ -70,11 +70,11 @@ def test_variants_are_told_apart() -> None:
     assert len(set(keys)) == len(keys)
     assert {table for v in VARIANTS for table in v.tables} == set(TABLES)
     assert {v.method for v in VARIANTS} >= {"teacher", "undistilled", "lcm", "tcd", "pcm", "tdd", "perflow", "tscd"}
-    assert {v.method for v in VARIANTS} >= {"lightning", "unified"}
+    assert {v.method for v in VARIANTS} >= {"lightning", "dmd2", "rg_lcd", "unified"}
     trainings: dict[str, Any] = {}
     for v in VARIANTS:  # one folder, one training
         assert trainings.setdefault(v.folder, (v.stages, v.data)) == (v.stages, v.data)
-    for method in ("lcm", "tcd", "pcm", "tdd", "tscd", "lightning", "unified"):
+    for method in ("lcm", "tcd", "pcm", "tdd", "tscd", "lightning", "dmd2", "rg_lcd", "unified"):
         judged = {steps for v in VARIANTS if v.method == method and "2" in v.tables for steps in v.steps}
         assert judged >= {1, 2, 4, 8}
 
