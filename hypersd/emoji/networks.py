@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hypersd.emoji import tokens
@@ -65,3 +72,35 @@ def noise_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         prediction_type="v_prediction",
     )
+
+
+def new_transformer() -> SD3Transformer2DModel:
+    """The flow teacher: three joint blocks over 64 patches and 16 tokens, both of width 128. Every block and the output
+    begin at zero (Peebles & Xie 2023, adaLN-Zero)."""
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        joint_attention_dim=256,
+        pooled_projection_dim=256,
+        caption_projection_dim=128,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            # modulations are the linear layers of norms
+            if name == "proj_out" or ".norm" in f".{name}":
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
