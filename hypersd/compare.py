@@ -14,7 +14,7 @@ from hypersd.evaluate.effnet import effnet_lite0
 from hypersd.evaluate.protocol import FeatureEvaluator
 from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
-from hypersd.resolve import EMBEDDED, folder_reference, load_with_lora, read_lora, scene_references, writable
+from hypersd.resolve import folder_reference, is_embedded, load_with_lora, read_lora, scene_references, writable
 from hypersd.sampling.sampler import sampler_for
 
 STEPS = (1, 2, 4, 8)
@@ -51,12 +51,12 @@ def compare(
     features: "judge" (the embedded model's evaluators) or "effnet-lite0"; the embedded model has "judge" unless told.
     """
     started = time.monotonic()
-    features = features or ("judge" if model == EMBEDDED else "effnet-lite0")
+    features = features or ("judge" if is_embedded(model) else "effnet-lite0")
     if features not in ("judge", "effnet-lite0"):
         raise HypersdError(f"features {features!r} are unknown; use judge or effnet-lite0", exit_code=2)
-    if model != EMBEDDED and pictures is None:
+    if not is_embedded(model) and pictures is None:
         raise HypersdError("real pictures to compare with are missing; name a folder with --pictures", exit_code=2)
-    if features == "judge" and model != EMBEDDED:
+    if features == "judge" and not is_embedded(model):
         raise HypersdError("the judge knows emoji scenes only; use --features effnet-lite0", exit_code=2)
     state, metadata = read_lora(lora)
     extractor = effnet_lite0() if features == "effnet-lite0" else None
@@ -69,7 +69,7 @@ def compare(
     if extractor is not None:
         extractor.to(components.device)
     evaluator: Any = FeatureEvaluator(extractor) if extractor is not None else None
-    if model == EMBEDDED:
+    if is_embedded(model):
         from hypersd.emoji import evaluators
 
         evaluator = evaluators.load("judge", components.device)

@@ -26,7 +26,7 @@ from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import load_reward, load_segmenter
 
-EMBEDDED = "embedded"
+EMBEDDED, EMBEDDED_FLOW = "embedded", "embedded-flow"
 ENCODE_BATCH = 64
 
 
@@ -54,12 +54,17 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def model_folder(path: str) -> Path:
-    """The folder of a model; "embedded" is the one that comes with the package."""
-    if path != EMBEDDED:
+    """The folder of a model; "embedded" comes with the package, "embedded-flow" is its flow-matching twin."""
+    if not is_embedded(path):
         return Path(path)
     from hypersd import emoji
 
-    return Path(emoji.model_folder())
+    return emoji.model_folder() if path == EMBEDDED else emoji.flow_model_folder()
+
+
+def is_embedded(path: str) -> bool:
+    """Whether this model knows emoji scenes: they are its data, and their judge is its judge."""
+    return path in (EMBEDDED, EMBEDDED_FLOW)
 
 
 def load_model(path: str, device: str = "auto", network_dtype: torch.dtype | None = None) -> Components:
@@ -91,7 +96,7 @@ def load_dataset(
             data.path, components, folder, captions=data.captions, resolution=data.resolution, dtype=dtype,
             seed=recipe.train.seed, progress=progress,
         )  # fmt: skip
-    if recipe.model.path != EMBEDDED:
+    if not is_embedded(recipe.model.path):
         raise HypersdError(
             'data.kind = "scenes" belongs to the embedded model; give data.kind = "folder" and data.path', exit_code=2
         )
@@ -118,10 +123,9 @@ def load_dataset(
 def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
     """What the recipe's feedback stages name, as keyword arguments of Trainer."""
     found: dict[str, Any] = {"rewards": {}, "structure": None}
-    is_embedded = recipe.model.path == EMBEDDED
     for stage in recipe.stages:
         for term in getattr(stage, "rewards", []):
-            if is_embedded and term.path is None:
+            if is_embedded(recipe.model.path) and term.path is None:
                 from hypersd.emoji import rewards
 
                 found["rewards"][term.kind] = rewards.load(term.kind, term.weight, components.device)

@@ -27,7 +27,7 @@ else:
 
 
 class Model(Section):
-    """`path`: a folder in the diffusers layout, or "embedded"."""
+    """`path`: a folder in the diffusers layout, or "embedded", or "embedded-flow"."""
 
     path: str = "embedded"
 

@@ -1,4 +1,5 @@
-"""The embedded default: a small text-to-image latent diffusion model of emoji scenes, its data and its evaluators."""
+"""The embedded default: a small text-to-image latent diffusion model of emoji scenes, its data and its evaluators; and
+a flow-matching teacher of the same scenes."""
 
 from __future__ import annotations
 
@@ -16,3 +17,12 @@ def model_folder() -> Path:
             f"the embedded model is missing in {FOLDER}; reinstall hypersd or run python -m hypersd.emoji.train"
         )
     return FOLDER
+
+
+def flow_model_folder() -> Path:
+    """The flow-matching teacher in the layout of Stable Diffusion 3, put together in the user's cache from its own
+    transformer and the embedded model's other parts. Raises HypersdError where it has not been trained or the cache
+    cannot be written."""
+    from hypersd.emoji.flow import assemble
+
+    return assemble()

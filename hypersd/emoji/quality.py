@@ -1,6 +1,6 @@
 """The teacher's quality table: is the embedded model good enough that few-step distillation of it means something?
 
-    python -m hypersd.emoji.quality [--samples 10000]
+    python -m hypersd.emoji.quality [--flow] [--samples 10000]
 
 judges real scenes, their autoencoder reconstructions, the teacher at 50 network evaluations (25 guided DDIM steps) and
 the same solver at 1, 2, 4 and 8 steps, on held-out captions, and checks four conditions: captions are followed, the
@@ -21,8 +21,10 @@ import torch
 import typer
 from torch import Tensor
 
-from hypersd.emoji import evaluators, model_folder
+from hypersd.emoji import evaluators, flow_model_folder, model_folder
+from hypersd.emoji.flow import FLOW
 from hypersd.emoji.scenes import render, render_caption
+from hypersd.emoji.weights import FOLDER
 from hypersd.evaluate.generate import generate, to_float, to_uint8
 from hypersd.evaluate.plots import grid
 from hypersd.evaluate.run import Judge, Reference, batches
@@ -77,11 +79,12 @@ def conditions(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def measure(
-    samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, path: Path, device: str = "cpu"
+    folder: Path, samples: int, guidance_scale: float, seed: int, dtype: torch.dtype, path: Path, device: str = "cpu"
 ) -> dict[str, Any]:
     """Fill in the rows that `path` lacks for these weights and settings; returns the document."""
-    folder = model_folder()
-    weights = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.safetensors")) if "reward" not in file.name)
+    parts = [file for file in folder.glob("*/*.safetensors") if "reward" not in file.name]
+    files = sorted({*parts, FOLDER / "evaluators" / "judge.safetensors"})
+    weights = b"".join(file.read_bytes() for file in files)
     settings = {
         "samples": samples,
         "guidance_scale": guidance_scale,
@@ -139,9 +142,9 @@ def measure(
 
 
 @torch.no_grad()
-def draw(path: Path, guidance_scale: float, seed: int, count: int = 6) -> None:
+def draw(folder: Path, path: Path, guidance_scale: float, seed: int, count: int = 6) -> None:
     """A picture of held-out captions: two real scenes and four samples of the teacher for each."""
-    components = load_components(model_folder())
+    components = load_components(folder)
     process, backbone = components.noise_process(), Backbone(components.network, roles=())
     table = ddim(process, trailing(TEACHER_STEPS, process.num_train_timesteps)).guided(guidance_scale)
     scenes = render(seed + 3_000_000, count, "heldout")
@@ -166,13 +169,16 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="sample in bfloat16, twice as fast on some CPUs")] = False,
     out: Annotated[Path | None, typer.Option(help="[default: quality.json beside the weights]")] = None,
+    flow: Annotated[bool, typer.Option(help="the flow teacher instead")] = False,
     pictures: Annotated[Path | None, typer.Option(help="only draw samples of held-out captions to this PNG")] = None,
 ) -> None:
     """Measure the table and say which conditions hold."""
     dtype = torch.bfloat16 if bf16 else torch.float32
+    folder = flow_model_folder() if flow else model_folder()
     if pictures is not None:
-        return draw(pictures, guidance_scale, seed)
-    document = measure(samples, guidance_scale, seed, dtype, out or model_folder() / "quality.json", device)
+        return draw(folder, pictures, guidance_scale, seed)
+    path = out or (FLOW if flow else FOLDER) / "quality.json"
+    document = measure(folder, samples, guidance_scale, seed, dtype, path, device)
     for name, found in document["conditions"].items():
         print(f"{'holds' if found['holds'] else 'FAILS'}  {found['figure']:8.3f}  {found['bound']:8}  {name}")
 

@@ -2,8 +2,8 @@
 
     python -m hypersd.emoji.train_flow
 
-Rectified flow (Liu et al. 2023): x_sigma = (1 - sigma) x_0 + sigma eps, velocity eps - x_0, sigma logit-normal (Esser et
-al. 2024), 10 % caption dropout, EMA. It resumes where it was cut off and writes hypersd/emoji/weights/flow in 16 bit.
+Rectified flow (Liu et al. 2023): x_sigma = (1 - sigma) x_0 + sigma eps, velocity eps - x_0, sigma logit-normal (Esser
+et al. 2024), 10 % caption dropout, EMA. It resumes where it was cut off and writes hypersd/emoji/weights/flow in float16.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hypersd.emoji.train import DEFAULT_WORK, Device, Horizon, Minutes, Pool, St
 
 
 def conditions(encoder: Any, ids: Tensor) -> dict[str, Tensor]:
-    """What the transformer is told about token ids (B, 16), as SD3's pipeline puts it together: the last hidden state but
-    one of both text encoders side by side, and their pooled outputs; both encoders are the same here."""
+    """What the transformer is told about token ids (B, 16), as SD3's pipeline puts it together: the last hidden states
+    but one of both text encoders side by side, and their pooled outputs; both encoders are the same here."""
     with torch.no_grad():
         output = encoder(ids, output_hidden_states=True)
     states, pooled = output.hidden_states[-2], output.text_embeds
@@ -70,7 +70,7 @@ def main(
     with sdpa_kernel(SDPBackend.MATH if device == "cpu" else fast):
         while state.step < (steps := horizon.steps):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + state.step)
-            optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak, warmup=300)
+            optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak, warmup=min(300, steps // 20))
             latents, ids = data.batch(state.step, batch, seed)
             drop = torch.rand(batch, device=device, generator=generator) < dropout
             sigma = logit_normal(batch, generator)
@@ -104,7 +104,8 @@ def save(average: nn.Module, out: Path) -> None:
     """Write the averaged transformer, in float16, and the scheduler."""
     model = new_transformer()
     model.load_state_dict(average.state_dict())
-    half(model).save_pretrained(out / "transformer")
+    half(model)
+    model.save_pretrained(out / "transformer")
     flow_scheduler().save_pretrained(out / "scheduler")
 
 

@@ -18,7 +18,7 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    emoji = ["emoji-cfg", "emoji-feedback", "emoji-full", "emoji-quick", "emoji-unified"]
+    emoji = ["emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick", "emoji-unified"]
     assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
