@@ -3,7 +3,7 @@
     python -m hypersd.emoji.train_flow
 
 Rectified flow (Liu et al. 2023): x_sigma = (1 - sigma) x_0 + sigma eps, velocity eps - x_0, sigma logit-normal (Esser
-et al. 2024), 10 % caption dropout, EMA. It resumes where it was cut off and writes hypersd/emoji/weights/flow in float16.
+et al. 2024), 10 % caption dropout, EMA. It resumes where it was cut off and writes its 16-bit weights to `--out`.
 """
 
 from __future__ import annotations
