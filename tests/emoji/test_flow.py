@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from scipy.stats import kstest
 
 from hypersd import resolve
-from hypersd.distill.recipe import load_recipe
+from hypersd.distill.recipe import load_recipe, parse_recipe
 from hypersd.distill.trainer import Trainer
 from hypersd.emoji import flow, tokens, train_flow
+from hypersd.emoji.scenes import render
 from hypersd.errors import HypersdError
 from hypersd.models import encode_null, encode_prompts, load_components
 from hypersd.models.backbone import Backbone
@@ -159,3 +160,34 @@ def test_the_recipe_distils_it(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert len(losses) == 30 and sum(losses[-8:]) < 0.9 * sum(losses[:8])
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         assert file.metadata()["prediction_type"] == "flow_prediction"
+
+
+@pytest.mark.slow
+def test_one_step_of_the_student_is_nearer_to_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 iterations of TSCD with one segment; the aim is 25 guided steps of the teacher from the same noise."""
+    more = SHORT | {"steps": 200, "peak": 2e-3, "pool": 256, "save_every": 200}
+    train_flow.main(**more, work=tmp_path / "work", out=tmp_path)
+    folder = flow.assemble(tmp_path, tmp_path / "cache")
+    monkeypatch.setattr("hypersd.emoji.flow_model_folder", lambda: folder)
+    stage = {"method": "tscd", "segments": 1, "iterations": 60, "grid": 16, "loss": "mse", "guidance_scale": [2.5, 2.5]}
+    recipe = parse_recipe(
+        {
+            "model": {"path": "embedded-flow"},
+            "data": {"kind": "scenes", "count": 256},
+            "lora": {"rank": 16, "alpha": 16.0},
+            "train": {"batch_size": 16, "learning_rate": 2e-3, "warmup": 5, "ema_decay": 0.9},
+            "stages": [stage],
+        }
+    )
+    components = resolve.load_model("embedded-flow", "cpu")
+    dataset = resolve.load_dataset(recipe, components, tmp_path / "data")
+    backbone = Trainer(recipe, components, dataset, tmp_path).run()
+    captions = render(5, 32, "heldout").captions
+    cond, null = encode_prompts(components, captions), encode_null(components, 32)
+    x_T = torch.randn(32, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    tables = {steps: ddim(components.noise_process(), trailing(steps, 1000)) for steps in (1, 25)}
+    with torch.no_grad():
+        base = denoiser(backbone, cond, null=null, role="base")
+        aim, undistilled = (sample(base, tables[steps].guided(2.5), x_T) for steps in (25, 1))
+        student = sample(denoiser(backbone, cond, role="ema"), tables[1], x_T)
+    assert (student - aim).square().mean() < 0.75 * (undistilled - aim).square().mean()
