@@ -29,6 +29,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "pcm": {"phases": 4, "grid": 8, "guidance_scale": [3.0, 5.0]},
     "tdd": {"grid": 16, "guidance_scale": [3.0, 3.0]},
     "perflow": {"windows": 2, "solver_steps": 2, "guidance_scale": [3.0, 5.0]},
+    "lightning": {"teacher_steps": 4, "student_steps": 2, "teacher": "base", "guidance_scale": [3.0, 5.0]},
+    "dmd2": {"timesteps": [999, 499], "adversarial_weight": 0.0, "guidance_scale": [3.0, 5.0], "fake_updates": 1},
     "dmd": {"guidance_scale": [3.0, 5.0], "real_score": "base", "consistency": 0.5, "grid": 8, "fake_updates": 1},
 }
 
@@ -66,7 +68,7 @@ def losses(out: Path) -> list[float]:
 @pytest.mark.parametrize("method", STAGES)
 @pytest.mark.parametrize("shape", NETWORKS)
 def test_every_method_trains_and_its_file_samples(shape: str, method: str, tmp_path: Path) -> None:
-    if shape == "flux" and method in ("tcd", "lcm", "pcm", "tdd"):
+    if shape == "flux" and method in ("tcd", "lcm", "pcm", "tdd", "lightning", "dmd2"):
         pytest.skip("what is FLUX's own is in what they share with tscd")
     parts = components(shape)
     trainer = Trainer(recipe(stage(method)), parts, latents(shape), tmp_path)
