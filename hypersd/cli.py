@@ -205,6 +205,7 @@ def evaluate(
     features: Annotated[str, typer.Option(help="judge (embedded model only) or effnet-lite0")] = "",
     samples: Annotated[int, typer.Option(min=2, help="pictures a row")] = 512,
     guidance_scale: Annotated[float, typer.Option(help="of teacher and undistilled model")] = 3.0,
+    dtype: Dtype = DtypeName.float32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="folder for metrics.json, pictures and report.html")] = Path("out/evaluate"),
     device: Device = "auto",
@@ -214,7 +215,7 @@ def evaluate(
 
     metrics = compare(
         lora, model, out, pictures=pictures, captions=captions, features=features, samples=samples,
-        guidance_scale=guidance_scale, seed=seed, device=device, console=error_console,
+        guidance_scale=guidance_scale, seed=seed, device=device, dtype=dtype.value, console=error_console,
     )  # fmt: skip
     _summary(metrics)
     _say(f"report: {out / 'report.html'}")

@@ -44,6 +44,7 @@ def compare(
     guidance_scale: float = 3.0,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "float32",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write the report into `out`; returns the content of metrics.json.
@@ -61,7 +62,7 @@ def compare(
     state, metadata = read_lora(lora)
     extractor = effnet_lite0() if features == "effnet-lite0" else None
     out = writable(out)
-    backbone, components, process = load_with_lora(model, state, metadata, device)
+    backbone, components, process = load_with_lora(model, state, metadata, device, dtype=dtype)
     if pictures is None:
         reference, zero = scene_references(samples, seed, VARIETY)
     else:

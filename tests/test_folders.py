@@ -187,3 +187,11 @@ def test_other_sizes_and_solvers(tiny_sd3_folder, tmp_path: Path) -> None:
         assert cli.run(["sample", "a fox", *map(str, arguments)]) == 0
         assert picture(out).shape == (40, 40, 3)
     assert not np.array_equal(picture(tmp_path / "ddim"), picture(tmp_path / "euler"))
+
+
+def test_sixteen_bits_are_near(tiny_flux_folder, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        arguments = ["--model", tiny_flux_folder, "--steps", 2, "--resolution", 32, "--out", tmp_path / dtype]
+        assert cli.run(["sample", "a fox", "--dtype", dtype, *map(str, arguments)]) == 0
+    first, second = (picture(tmp_path / dtype).astype(float) for dtype in ("float32", "bfloat16"))
+    assert 0 < np.abs(first - second).mean() < 3

@@ -27,8 +27,10 @@ def save_lora(
 ) -> Path:
     """Write a role, or a sum of roles ("p+q"), as safetensors, atomically, fp32.
 
-    `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, dpmpp_2m, tcd, lcm), `steps`
-    ("1,2,4,8"), `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`. Added here:
+    `metadata` (str to str) says how to sample: `prediction_type`, `solver` (ddim, dpmpp_2m, tcd, lcm, perflow, euler),
+    `steps` ("1,2,4,8"), `timesteps` (JSON list, or JSON object from step count to list), `eta`, `guidance_scale`; of
+    flow models `sigmas`, the same grid as noise levels before the shift, as diffusers' pipelines take them, and
+    `embedded_guidance`, for networks that are told it; `resolution`, pixels along a side in training. Added here:
     `rank`, `alpha`, `base_model` (fingerprint), `lora_format`, and `lora_scale` in a file of format "hyper", which has
     no alpha. Raises HypersdError when the file cannot be written.
     """

@@ -19,7 +19,7 @@ from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import sampler_for
-from tests.conftest import FLOW_SCHEDULER, FLUX_SCHEDULER, make_flux, make_sd3
+from tests.conftest import FLOW_SCHEDULER, FLUX_SCHEDULER, make_flux, make_sd3, make_vae
 
 NETWORKS = {"sd3": make_sd3, "flux": make_flux}
 STAGES: dict[str, dict[str, Any]] = {
@@ -167,6 +167,21 @@ def test_a_published_file_starts_a_run_at_its_own_strength(tmp_path: Path) -> No
     for layers in zip(backbone.lora_layers("student").values(), other.lora_layers("student").values(), strict=True):
         ours, theirs = (layer.scale * layer.b @ layer.a for layer in layers)
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", NETWORKS)
+def test_feedback_on_top_of_a_distilled_flow_model(shape: str, tmp_path: Path) -> None:
+    """Rewards see decoded pictures; the gradient reaches the adapter through VAE, roll-out and transformer."""
+    parts = components(shape)
+    parts.vae = make_vae(scaling_factor=1.5305, shift_factor=0.0609).requires_grad_(False)
+    terms = [{"kind": "brightness", "threshold": 5.0}]
+    feedback = {"method": "feedback", "iterations": 2, "rollout": [2], "rewards": terms}
+    r = recipe(stage("tscd", 1, segments=1), feedback)
+    rewards = {"brightness": lambda images, captions: images.mean((1, 2, 3))}
+    backbone = Trainer(r, parts, latents(shape), tmp_path, rewards=rewards).run()
+    moved = {n for n, p in backbone.role_parameters("student").items() if "lora_B" in n and p.abs().max() > 0}
+    assert {f"transformer_blocks.0.attn.{layer}.lora_B.weight" for layer in ("to_q", "add_v_proj")} <= moved
+    assert load_lora(tmp_path / "lora-feedback.safetensors")[1]["solver"] == "tcd"
 
 
 def test_a_critic_wants_a_unet(tmp_path: Path) -> None:
