@@ -9,6 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, fuse, unfuse
 from hypersd.models.attention import FusedProcessor
+from hypersd.models.networks import default_targets
 from tests.conftest import make_flux, make_sd3
 
 SPEC = LoraSpec(rank=4, alpha=4.0, targets=("to_q", "to_k", "to_v", "add_k_proj", "ff.net.2", "proj_mlp"))
@@ -122,3 +123,34 @@ def test_default_targets_leave_norms_and_embedders():
         left = {path for path in linear - found if not any(part.startswith("norm") for part in path.split("."))}
         assert {path.split(".")[0] for path in left} <= {"time_text_embed", "context_embedder", "x_embedder"}, name
         assert len(found) > 15 and not any("norm" in path or "embed" in path for path in found)
+
+
+# config.json of stabilityai/stable-diffusion-3-medium and black-forest-labs/FLUX.1-dev, as far as it sets shapes
+SD3_MEDIUM = {
+    "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+FLUX_DEV = {
+    "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "parameters", "published", "adapted"),
+    [(make_sd3, SD3_MEDIUM, 2_028_328_000, 472, 83_857_408), (make_flux, FLUX_DEV, 11_901_408_320, 1388, 261_693_440)],
+    ids=["sd3", "flux"],
+)
+def test_the_real_shapes(make, config, parameters, published, adapted):
+    """Without weights. Rank 64 on every linear layer and the patch convolution is what Hyper-SD3 and Hyper-FLUX hold, by
+    the size of their files (MB, fp32); ours are the attention and feed-forward layers."""
+    with torch.device("meta"):
+        network = make(**config)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    layers = [m.weight for m in network.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    everything = sum(64 * (w[0].numel() + len(w)) for w in layers)
+    assert round(4 * everything / 1e6) == published
+    backbone = Backbone(network, LoraSpec(64, 64.0, default_targets(network)))
+    assert sum(p.numel() for p in backbone.role_parameters("student").values()) == adapted
