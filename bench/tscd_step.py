@@ -63,6 +63,7 @@ class RandomLatents:
     """A data set of noise: the time and memory of a step do not depend on the picture."""
 
     fingerprint = "noise"
+    latent_size = (16, 16)
 
     def __init__(self, width: int) -> None:
         generator = torch.Generator().manual_seed(1)
