@@ -144,8 +144,8 @@ FLUX_DEV = {
     ids=["sd3", "flux"],
 )
 def test_the_real_shapes(make, config, parameters, published, adapted):
-    """Without weights. Rank 64 on every linear layer and the patch convolution is what Hyper-SD3 and Hyper-FLUX hold, by
-    the size of their files (MB, fp32); ours are the attention and feed-forward layers."""
+    """Without weights. Rank 64 on every linear layer and the patch convolution is what Hyper-SD3 and Hyper-FLUX hold,
+    by the size of their files (MB, fp32); ours are the attention and feed-forward layers."""
     with torch.device("meta"):
         network = make(**config)
     assert sum(p.numel() for p in network.parameters()) == parameters
