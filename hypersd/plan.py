@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     network, base = parts["network"], counts["network"]
     spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or default_targets(network))
+    encoder = _encoder(network)  # before adapters are put into it
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
     roles = 2 + any(stage.needs_previous and (i > 0 or stage.improves) for i, stage in enumerate(recipe.stages))
@@ -41,22 +43,30 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "base_bytes": base * BYTES[recipe.train.dtype] + counts["vae"] * 4,
         # in memory only until the captions are encoded
         "text_bytes": sum(count * 4 for name, count in counts.items() if name.startswith("text_encoder")),
-        # adapters of every role; gradient and two Adam moments of the student: all fp32
-        "adapter_bytes": lora * 4 * (roles + 3),
+        # adapters of every role; gradient and two Adam moments of the student and of a fake score: all fp32
+        "adapter_bytes": lora * 4 * (roles + 3 + 3 * any("fake" in stage.roles for stage in recipe.stages)),
+        # a trained copy of the encoder with the same
+        "critic_bytes": encoder * 4 * 4 * any(stage.copies_encoder for stage in recipe.stages),
         "stages": [
             {
                 "name": stage.name,
                 "steps": stage.iterations,
                 "teacher": "rewards"
-                if stage.improves
+                if stage.method == "feedback"
                 else "previous_stage"
-                if stage.needs_previous and i > 0
+                if stage.needs_previous and (i > 0 or stage.improves)
                 else "base",
             }
             for i, stage in enumerate(recipe.stages)
         ],
         "samples_per_step": recipe.train.batch_size * recipe.train.accumulation,
     }
+
+
+def _encoder(network: torch.nn.Module) -> int:
+    """Parameters of a UNet up to its middle block."""
+    after = ("up_blocks", "conv_norm_out", "conv_out")
+    return sum(p.numel() for name, part in network.named_children() if name not in after for p in part.parameters())
 
 
 def show(plan: dict[str, Any], console: Console) -> None:
@@ -70,12 +80,13 @@ def show(plan: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     mib = 2**20
+    critic = f" + {plan['critic_bytes'] / mib:,.0f} MiB critic" if plan["critic_bytes"] else ""
     console.print(
         f"model      {plan['model']}, {plan['base_parameters'] / 1e6:,.1f} M parameters\n"
         f"LoRA       {plan['lora_parameters'] / 1e6:,.2f} M parameters in {plan['lora_layers']} layers\n"
         f"data       {plan['pictures']:,} pictures\n"
         f"memory     {plan['base_bytes'] / mib:,.0f} MiB frozen + {plan['adapter_bytes'] / mib:,.0f} MiB adapters and "
-        "optimizer; activations come on top\n"
+        f"optimizer{critic}; activations come on top\n"
         f"           {plan['text_bytes'] / mib:,.0f} MiB text encoders before, until the captions are encoded",
         highlight=False,
         soft_wrap=True,

@@ -171,6 +171,10 @@ class LightningStage(GuidedStage):
         return 1 if self.needs_previous else super().teacher_passes
 
     @property
+    def copies_encoder(self) -> bool:
+        return self.adversarial_weight > 0
+
+    @property
     def path(self) -> float:
         """Steps of the teacher in one of the student's jumps, the mean over the starts."""
         starts = self.starts or self.student_steps

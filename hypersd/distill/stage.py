@@ -52,6 +52,11 @@ class BaseStage(Section):
         return ()
 
     @property
+    def copies_encoder(self) -> bool:
+        """Whether a copy of the network's encoder is trained beside the student, as a critic."""
+        return False
+
+    @property
     def is_separate(self) -> bool:
         """Whether the stage trains a new adapter on top of those weights, instead of going on with them."""
         return False

@@ -111,6 +111,10 @@ class TSCDStage(ConsistencyStage):
         return 1 if self.needs_previous else super().teacher_passes
 
     @property
+    def copies_encoder(self) -> bool:
+        return self.critic == "encoder" and self.weights[1] > 0
+
+    @property
     def network_evaluations(self) -> float:
         if self.weights[1] == 0:
             return super().network_evaluations
