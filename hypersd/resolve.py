@@ -226,7 +226,8 @@ def load_with_lora(
     `resolution` pixels a side: unless told those that the LoRA was trained on, or else the model's own. `dtype` is the
     network's."""
     components = load_model(model, device, getattr(torch, dtype))
-    side = resolution or int(metadata.get("resolution", 0))
+    said = metadata.get("resolution", "")
+    side = resolution or (int(said) if said.isdigit() else 0)
     if side:
         components.resolution = (side, side)
     backbone = Backbone(components.network, roles=())

@@ -26,6 +26,8 @@ def encode_prompts(components: Components, captions: Sequence[str]) -> dict[str,
     """
     if not len(captions):
         raise HypersdError("no captions to encode")
+    if not components.text_encoders:
+        raise HypersdError("the text encoders of this model were let go; load it again to encode captions")
     match networks.kind(components.network):
         case "sd3":
             return _encode_sd3(components, list(captions))

@@ -177,3 +177,6 @@ def test_text_encoders_that_do_not_fit(tmp_path):
     components.text_encoders[0] = components.text_encoders[1]
     with pytest.raises(HypersdError, match="width 64 .CLIP. and 48 .T5., the transformer wants 48"):
         encode_prompts(components, ["hi"])
+    components.drop_text_encoders()
+    with pytest.raises(HypersdError, match="were let go"):
+        encode_prompts(components, ["hi"])
