@@ -22,7 +22,7 @@ from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import Components, load_components, skeletons
-from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance
+from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance, kind
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import load_reward, load_segmenter
 
@@ -240,10 +240,13 @@ def load_with_lora(
 def told_guidance(
     metadata: Mapping[str, str], network: Any, guidance_scale: float | None, usual: float
 ) -> dict[str, str]:
-    """`metadata` with the guidance that was asked for; where neither says it, `usual`, of two passes, or what a network
-    that is told its guidance usually is told."""
-    found = dict(metadata)
-    key, usual = ("embedded_guidance", DEFAULT_GUIDANCE) if embeds_guidance(network) else ("guidance_scale", usual)
+    """`metadata` with the guidance that was asked for; where neither says it, `usual`, of two passes (none for FLUX, which
+    was made to go without), or what a network that is told its guidance usually is told."""
+    found, key = dict(metadata), "guidance_scale"
+    if embeds_guidance(network):
+        key, usual = "embedded_guidance", DEFAULT_GUIDANCE
+    elif kind(network) == "flux":
+        usual = 1.0
     if guidance_scale is not None:
         found[key] = str(guidance_scale)
     return {key: str(usual)} | found

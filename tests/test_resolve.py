@@ -18,6 +18,7 @@ from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.load import load_components
 from hypersd.models.lora import LoraSpec
+from tests.conftest import make_flux, make_unet
 from tests.models.test_rewards import mask2former
 
 
@@ -64,6 +65,21 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, tiny_sd_folder: Path) -> Non
         with pytest.raises(HypersdError, match=message) as caught:
             resolve.load_rewards(r, components)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_guidance_is_what_the_network_takes() -> None:
+    """Asked for, said by the file, or usual; as two passes or as an input. FLUX.1-schnell takes none."""
+    unet, dev, schnell = make_unet(), make_flux(), make_flux(guidance_embeds=False)
+    for network, said, asked, expected in [
+        (unet, {}, None, {"guidance_scale": "3.0"}),
+        (unet, {"guidance_scale": "2"}, None, {"guidance_scale": "2"}),
+        (unet, {"guidance_scale": "2"}, 5.0, {"guidance_scale": "5.0"}),
+        (dev, {"guidance_scale": "1"}, None, {"guidance_scale": "1", "embedded_guidance": "3.5"}),
+        (dev, {"embedded_guidance": "2"}, None, {"embedded_guidance": "2"}),
+        (dev, {"embedded_guidance": "2"}, 5.0, {"embedded_guidance": "5.0"}),
+        (schnell, {}, None, {"guidance_scale": "1.0"}),
+    ]:
+        assert resolve.told_guidance(said, network, asked, 3.0) == expected
 
 
 def test_merge_by_the_command_line(tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
