@@ -240,8 +240,8 @@ def load_with_lora(
 def told_guidance(
     metadata: Mapping[str, str], network: Any, guidance_scale: float | None, usual: float
 ) -> dict[str, str]:
-    """`metadata` with the guidance that was asked for; where neither says it, `usual`, of two passes (none for FLUX, which
-    was made to go without), or what a network that is told its guidance usually is told."""
+    """`metadata` with the guidance that was asked for; where neither says it, `usual`, of two passes (none for FLUX,
+    which was made to go without), or what a network that is told its guidance usually is told."""
     found, key = dict(metadata), "guidance_scale"
     if embeds_guidance(network):
         key, usual = "embedded_guidance", DEFAULT_GUIDANCE
