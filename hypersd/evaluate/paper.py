@@ -112,8 +112,9 @@ def lightning(steps: int) -> Variant:
 
 
 def dmd2(steps: int) -> Variant:
-    """From the base model, sampled at the trailing timesteps."""
-    stage = {"method": "dmd2", "timesteps": trailing(steps).tolist(), "learning_rate": 1e-4, "fake_learning_rate": 1e-4}
+    """From the base model, sampled at the trailing timesteps. Two updates of the fake score keep up with a small model;
+    with five, and a third of the learning rate, a small budget buys too few steps of the student."""
+    stage = {"method": "dmd2", "timesteps": trailing(steps).tolist(), "fake_updates": 2}
     return Variant(("2",), "dmd2", f"steps={steps}", (stage,), (steps,))
 
 
@@ -123,12 +124,16 @@ def unified() -> list[Variant]:
     stages = [stage.model_dump(mode="json", exclude_unset=True, exclude={"iterations"}) for stage in recipe.stages]
     costs = np.array([stage.iterations * stage.network_evaluations for stage in recipe.stages])
     shares = tuple((costs / costs.sum()).tolist())
+    first = next(i for i, stage in enumerate(stages) if stage["method"] != "tscd")
+    after_tcd = ({"method": "tcd"}, *stages[first:])
     # from the base model nothing keeps other step counts, and there is no beginning worth an anchor
-    alone = stages[-1] | {"anchor": [0.0, 0.0], "consistency": 0.0, "learning_rate": 1e-4}
+    alone = next(stage for stage in stages if stage["method"] == "dmd") | {"real_score": "base", "fake_updates": 2}
+    rate = recipe.train.learning_rate
+    alone |= {"anchor": [0.0, 0.0], "consistency": 0.0, "learning_rate": rate, "fake_learning_rate": rate}
     return [
         Variant(("2", "4", "5"), "unified", "", tuple(stages), shares=shares),
         Variant(("5",), "unified", "DMD", (alone,), (1,)),
-        Variant(("5",), "unified", "TCD+DMD", ({"method": "tcd"}, stages[-1]), shares=(1 - shares[-1], shares[-1])),
+        Variant(("5",), "unified", "TCD+DMD", after_tcd, shares=(sum(shares[:first]), *shares[first:])),
     ]
 
 
