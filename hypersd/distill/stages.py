@@ -75,9 +75,9 @@ class TSCDStage(ConsistencyStage):
     def _consistent(self) -> TSCDStage:
         if self.grid < self.segments:
             raise ValueError(f"grid = {self.grid} has fewer points than there are segments ({self.segments})")
-        own = {"consistency_weight", "adversarial_weight"} & self.model_fields_set
-        if self.staged_weights and own:
-            raise ValueError(f"{min(own)} and staged_weights = true exclude each other; leave one out")
+        for name, default in (("consistency_weight", 1.0), ("adversarial_weight", 0.0)):
+            if self.staged_weights and getattr(self, name) != default:
+                raise ValueError(f"{name} and staged_weights = true exclude each other; leave one out")
         return self
 
     @property

@@ -151,6 +151,8 @@ def test_stage_weights() -> None:
         HypersdError, match=r"stages\.0: adversarial_weight and staged_weights = true exclude each other"
     ):
         weights(1, staged_weights=True, adversarial_weight=0.1)
+    whole = parse_recipe({"stages": [{"method": "tscd", "segments": 1, "iterations": 1, "staged_weights": True}]})
+    assert parse_recipe(whole.model_dump(mode="json", exclude_none=True)) == whole  # as a checkpoint keeps it
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:
