@@ -100,7 +100,7 @@ def ablations() -> list[Variant]:
 def lightning(steps: int) -> Variant:
     """From the base model to 8 steps (16 for 8) by the mean square error, then halving with a critic, with the paper's
     further starts and noise levels for two steps and one. The error stays beside the critic's opinion: within such a
-    budget the critic alone hardly moves the student (two steps, 10,000 evaluations: Frechet distance 11.7 against 10.1).
+    budget the critic alone hardly moves the student (two steps, 10,000 evaluations: Frechet distance 11.7, not 10.1).
     """
     first = 2 * steps if steps == 8 else 8
     common = {"method": "lightning", "adversarial_weight": 0.01}
