@@ -100,8 +100,9 @@ def named(values: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _upstreams(values: tuple[Tensor, ...]) -> list[Tensor]:
+    """Random numbers in the memory order of each value, as the gradient of what follows it in a network is."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in values]
+    return [torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) for y in values]
 
 
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

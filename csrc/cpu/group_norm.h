@@ -9,7 +9,8 @@ namespace hypersd {
 namespace {
 
 constexpr int64_t kPiece = 32 * kChunk;     // elements of a piece of a sample
-constexpr int64_t kScratch = 256 * kChunk;  // largest group or sample whose dz is kept from the first pass to the second
+constexpr int64_t kShare = 32 * kChunk;     // elements for which a thread is worth waking
+constexpr int64_t kScratch = 256 * kChunk;  // largest group (channels outside) whose dz is kept for the second pass
 constexpr int64_t kPixels = 64;             // summed in float before they join the sum of a piece
 
 template <class T>
@@ -24,6 +25,7 @@ struct Problem {
   C *mean, *rstd;                 // (batch, groups)
   C *channel_dz, *channel_dzx;    // sums of dz and dz x^ over pixels: (batch, channels), or (batch, pieces, channels)
   C *offset, *slope;              // (batch, groups): dx = rstd w dz - ((x - mean) slope + offset); channels inside alone
+  bool keep;                      // channels inside: dz waits in `out` for the second pass
   int64_t piece_pixels, pieces;   // of a sample
   C* partial;                     // (batch, pieces, 2, channels): means and squared deviations of a piece by channel
 
@@ -58,21 +60,17 @@ HYPERSD_INLINE C derive(C dy, C z) {
   return dy * (s * (1 + z * (1 - s)));
 }
 
-// One function per type and instruction set, with and without SiLU.
-#define HYPERSD_NORM_OF(NAME, SUFFIX, T, PARAMETERS, ARGUMENTS)                \
-  HYPERSD_INLINE void NAME##_##SUFFIX##_body PARAMETERS {                      \
-    if (p.silu) NAME<T, true> ARGUMENTS; else NAME<T, false> ARGUMENTS;        \
-  }                                                                            \
-  HYPERSD_KERNEL(NAME##_##SUFFIX, PARAMETERS, ARGUMENTS)                       \
-  void run_##NAME PARAMETERS { NAME##_##SUFFIX ARGUMENTS; }
-#define HYPERSD_NORM(NAME)                                                                               \
-  HYPERSD_NORM_OF(NAME, float, float, (const Problem<float>& p, int64_t b, int64_t e), (p, b, e))        \
-  HYPERSD_NORM_OF(NAME, double, double, (const Problem<double>& p, int64_t b, int64_t e), (p, b, e))     \
-  HYPERSD_NORM_OF(NAME, bfloat, BFloat, (const Problem<BFloat>& p, int64_t b, int64_t e), (p, b, e))
-#define HYPERSD_NORM_KEPT(NAME, CONST)                                                                                  \
-  HYPERSD_NORM_OF(NAME, float, float, (const Problem<float>& p, int64_t b, int64_t e, CONST float* k), (p, b, e, k))     \
-  HYPERSD_NORM_OF(NAME, double, double, (const Problem<double>& p, int64_t b, int64_t e, CONST double* k), (p, b, e, k)) \
-  HYPERSD_NORM_OF(NAME, bfloat, BFloat, (const Problem<BFloat>& p, int64_t b, int64_t e, CONST float* k), (p, b, e, k))
+// One function per type and instruction set, with and without SiLU: NAME(p, i, k), i the task, k its worker's memory.
+#define HYPERSD_NORM_OF(NAME, SUFFIX, T, K)                                                    \
+  HYPERSD_INLINE void NAME##_##SUFFIX##_body(const Problem<T>& p, int64_t i, K k) {            \
+    if (p.silu) NAME<T, true>(p, i, k); else NAME<T, false>(p, i, k);                          \
+  }                                                                                            \
+  HYPERSD_KERNEL(NAME##_##SUFFIX, (const Problem<T>& p, int64_t i, K k), (p, i, k))            \
+  void run_##NAME(const Problem<T>& p, int64_t i, K k) { NAME##_##SUFFIX(p, i, k); }
+#define HYPERSD_NORM(NAME, K)                 \
+  HYPERSD_NORM_OF(NAME, float, float, K<float>)    \
+  HYPERSD_NORM_OF(NAME, double, double, K<double>) \
+  HYPERSD_NORM_OF(NAME, bfloat, BFloat, K<BFloat>)
 
 }  // namespace
 }  // namespace hypersd

@@ -2,10 +2,15 @@
 // channels that are combined at the end. Pieces depend on the shape alone, so the number of threads changes no bit.
 #pragma once
 
+#include <type_traits>
+
 #include "group_norm.h"
 
 namespace hypersd {
 namespace {
+
+constexpr int kRows = 4;         // pixels taken at once: what belongs to a channel is loaded once for all of them
+constexpr int64_t kAhead = 16;   // pixels from what is computed to what is fetched: rows are too short to be foreseen
 
 // Pixels of a piece; `item` counts the pieces of all samples.
 template <class T>
@@ -19,48 +24,63 @@ struct Piece {
   }
 };
 
-// By channel of one sample: z = (x - mean) scale + shift, dx = dz scale - ((x - mean) slope + offset).
+// Memory of a worker, vectors over channels. Those of one sample: z = (x - mean) scale + shift,
+// dx = dz scale - ((x - mean) slope + offset).
 template <class T>
-struct ByChannel {
+struct Channels {
   using C = Work<T>;
   std::unique_ptr<C[]> memory;
-  C *mean, *rstd, *scale, *slope, *offset;
+  std::unique_ptr<double[]> wide;  // two vectors
+  C *mean, *scale, *slope, *offset, *a, *b;
+  int64_t sample = -1;  // whose `mean` and `scale` are
 
-  explicit ByChannel(const Problem<T>& p)
-      : memory(new C[5 * p.channels]), mean(memory.get()), rstd(mean + p.channels), scale(rstd + p.channels),
-        slope(scale + p.channels), offset(slope + p.channels) {}
-  void fill(const Problem<T>& p, int64_t sample, bool dx) {
+  explicit Channels(const Problem<T>& p) : memory(new C[6 * p.channels]), wide(new double[2 * p.channels]) {
+    C* at = memory.get();
+    for (C** vector : {&mean, &scale, &slope, &offset, &a, &b}) *vector = at, at += p.channels;
+  }
+  void fill(const Problem<T>& p, int64_t n) {
+    if (sample == n) return;
+    sample = n;
     const int64_t group = p.per_group();
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const int64_t item = sample * p.groups + g;
-      for (int64_t c = g * group; c < (g + 1) * group; ++c) {
-        mean[c] = p.mean[item], rstd[c] = p.rstd[item], scale[c] = p.rstd[item] * p.weight[c];
-        if (dx) slope[c] = p.slope[item], offset[c] = p.offset[item];
-      }
-    }
+    for (int64_t g = 0; g < p.groups; ++g)
+      for (int64_t c = g * group; c < (g + 1) * group; ++c)
+        mean[c] = p.mean[n * p.groups + g], scale[c] = p.rstd[n * p.groups + g] * p.weight[c];
   }
 };
+template <class T>
+using Vectors = Channels<T>&;
 
-// Adds d and d^2, d = x - center, channel by channel, for one pixel and for four.
-template <class T, class C>
-HYPERSD_INLINE void moments_pixel(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT center, int64_t channels,
-                                  C* HYPERSD_RESTRICT total, C* HYPERSD_RESTRICT squares) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const C d = widen(x[c]) - center[c];
-    total[c] += d;
-    squares[c] += d * d;
-  }
+template <class T>
+HYPERSD_INLINE void fetch(const T* from, int64_t count) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
+#endif
 }
-template <class T, class C>
-HYPERSD_INLINE void moments_four(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT center, int64_t channels,
+
+// four(i) for kRows pixels from i on, one(i) for a single one: all of [begin, end). `ahead(i, count)` fetches pixels.
+template <class Four, class One, class Ahead>
+HYPERSD_INLINE void over_pixels(int64_t begin, int64_t end, const Four& four, const One& one, const Ahead& ahead) {
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) {
+    ahead(i + kAhead, kRows);
+    four(i);
+  }
+  for (; i < end; ++i) one(i);
+}
+
+// Adds d and d^2, d = x - center, channel by channel.
+template <int Rows, class T, class C>
+HYPERSD_INLINE void moments_rows(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT center, int64_t channels,
                                  C* HYPERSD_RESTRICT total, C* HYPERSD_RESTRICT squares) {
-  const T* HYPERSD_RESTRICT x1 = x + channels;
-  const T* HYPERSD_RESTRICT x2 = x1 + channels;
-  const T* HYPERSD_RESTRICT x3 = x2 + channels;
   for (int64_t c = 0; c < channels; ++c) {
-    const C m = center[c], d0 = widen(x[c]) - m, d1 = widen(x1[c]) - m, d2 = widen(x2[c]) - m, d3 = widen(x3[c]) - m;
-    total[c] += (d0 + d1) + (d2 + d3);
-    squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    C sum = 0, square = 0;
+    for (int r = 0; r < Rows; ++r) {
+      const C d = widen(x[r * channels + c]) - center[c];
+      sum += d;
+      square += d * d;
+    }
+    total[c] += sum;
+    squares[c] += square;
   }
 }
 template <class T, class C>
@@ -79,83 +99,106 @@ HYPERSD_INLINE void join(const C* HYPERSD_RESTRICT total, const C* HYPERSD_RESTR
 }
 
 template <class T, bool>
-HYPERSD_INLINE void inside_moments(const Problem<T>& p, int64_t begin, int64_t end) {
+HYPERSD_INLINE void inside_moments(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
   const int64_t channels = p.channels;
-  std::unique_ptr<C[]> memory(new C[2 * channels]);
-  C *total = memory.get(), *spread = total + channels;
-  for (int64_t item = begin; item < end; ++item) {
-    const Piece<T> piece(p, item);
-    const T* x = p.x + piece.start;
-    C *mean = p.partial + item * 2 * channels, *squares = mean + channels;
-    // the first pixels are taken about the mean of a few of them: near enough that squares do not cancel
-    const int64_t few = piece.pixels < 8 ? piece.pixels : 8;
-    for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
-    for (int64_t i = 0; i < few; ++i) add_pixel<T, C>(x + i * channels, static_cast<C>(1.0 / few), channels, mean);
-    for (int64_t first = 0; first < piece.pixels; first += kPixels) {
-      const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
-      for (int64_t c = 0; c < channels; ++c) total[c] = spread[c] = 0;
-      int64_t i = first;
-      for (; i + 4 <= stop; i += 4) moments_four<T, C>(x + i * channels, mean, channels, total, spread);
-      for (; i < stop; ++i) moments_pixel<T, C>(x + i * channels, mean, channels, total, spread);
-      join<C>(total, spread, static_cast<double>(first), static_cast<double>(stop - first), channels, mean, squares);
-    }
+  const Piece<T> piece(p, item);
+  const T* x = p.x + piece.start;
+  C *mean = p.partial + item * 2 * channels, *squares = mean + channels;
+  // the first pixels are taken about the mean of a few of them: near enough that squares do not cancel
+  const int64_t few = piece.pixels < 8 ? piece.pixels : 8;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+  for (int64_t i = 0; i < few; ++i) add_pixel<T, C>(x + i * channels, static_cast<C>(1.0 / few), channels, mean);
+  for (int64_t first = 0; first < piece.pixels; first += kPixels) {
+    const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
+    for (int64_t c = 0; c < channels; ++c) k.a[c] = k.b[c] = 0;
+    over_pixels(
+        first, stop,
+        [&](int64_t i) HYPERSD_LAMBDA_INLINE { moments_rows<kRows, T, C>(x + i * channels, mean, channels, k.a, k.b); },
+        [&](int64_t i) HYPERSD_LAMBDA_INLINE { moments_rows<1, T, C>(x + i * channels, mean, channels, k.a, k.b); },
+        [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE { fetch(x + i * channels, n * channels); });
+    join<C>(k.a, k.b, static_cast<double>(first), static_cast<double>(stop - first), channels, mean, squares);
   }
 }
 
-// The statistics of the groups of samples [begin, end) from those of their pieces.
-template <class T>
-void inside_finish(const Problem<T>& p, int64_t begin, int64_t end) {
-  const int64_t group = p.per_group();
-  for (int64_t item = begin * p.groups; item < end * p.groups; ++item) {
+template <class C>
+HYPERSD_INLINE void add_means(const C* HYPERSD_RESTRICT mean, double share, int64_t channels, double* HYPERSD_RESTRICT to) {
+  for (int64_t c = 0; c < channels; ++c) to[c] += share * mean[c];
+}
+template <class C>
+HYPERSD_INLINE void add_squares(const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT squares,
+                                const double* HYPERSD_RESTRICT center, double pixels, int64_t channels,
+                                double* HYPERSD_RESTRICT to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double apart = mean[c] - center[c];
+    to[c] += squares[c] + pixels * apart * apart;
+  }
+}
+
+// The statistics of the groups of a sample from those of its pieces: by channel, then over the channels of a group.
+template <class T, bool>
+HYPERSD_INLINE void inside_finish(const Problem<T>& p, int64_t sample, Vectors<T> k) {
+  const int64_t group = p.per_group(), channels = p.channels, first = sample * p.pieces;
+  double *center = k.wide.get(), *squares = center + channels;
+  const auto partial = [&](int64_t item) HYPERSD_LAMBDA_INLINE { return p.partial + item * 2 * channels; };
+  const auto pixels = [&](int64_t item) HYPERSD_LAMBDA_INLINE { return static_cast<double>(Piece<T>(p, item).pixels); };
+  for (int64_t c = 0; c < 2 * channels; ++c) center[c] = 0;
+  for (int64_t i = first; i < first + p.pieces; ++i) add_means(partial(i), pixels(i) / p.pixels, channels, center);
+  for (int64_t i = first; i < first + p.pieces; ++i)
+    add_squares(partial(i), partial(i) + channels, center, pixels(i), channels, squares);
+  for (int64_t g = 0; g < p.groups; ++g) {
     Moments moments;
-    for (int64_t piece = 0; piece < p.pieces; ++piece) {
-      const Work<T>* mean = p.partial + (item / p.groups * p.pieces + piece) * 2 * p.channels + item % p.groups * group;
-      const Work<T>* squares = mean + p.channels;
-      const double pixels = static_cast<double>(Piece<T>(p, piece).pixels);
-      double center = 0, spread = 0, inner = 0;
-      for (int64_t c = 0; c < group; ++c) center += mean[c];
-      center /= group;
-      for (int64_t c = 0; c < group; ++c) {
-        spread += (mean[c] - center) * (mean[c] - center);
-        inner += squares[c];
-      }
-      moments.add(pixels * group, center, inner + pixels * spread);
-    }
-    moments.finish(p.eps, p.mean[item], p.rstd[item]);
+    for (int64_t c = g * group; c < (g + 1) * group; ++c)
+      moments.add(static_cast<double>(p.pixels), center[c], squares[c]);
+    moments.finish(p.eps, p.mean[sample * p.groups + g], p.rstd[sample * p.groups + g]);
   }
 }
 
-template <class T, bool Silu, class C>
-HYPERSD_INLINE void apply_pixel(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT mean,
-                                const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
-                                T* HYPERSD_RESTRICT y) {
-  for (int64_t c = 0; c < channels; ++c) assign(y[c], activate<Silu>((widen(x[c]) - mean[c]) * scale[c] + shift[c]));
+template <int Rows, class T, bool Silu, class C>
+HYPERSD_INLINE void apply_rows(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT mean,
+                               const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
+                               T* HYPERSD_RESTRICT y) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t at = r * channels + c;
+      assign(y[at], activate<Silu>((widen(x[at]) - mean[c]) * scale[c] + shift[c]));
+    }
 }
 
 template <class T, bool Silu>
-HYPERSD_INLINE void inside_apply(const Problem<T>& p, int64_t begin, int64_t end) {
-  ByChannel<T> by_channel(p);
-  for (int64_t item = begin; item < end; ++item) {
-    const Piece<T> piece(p, item);
-    if (item == begin || item % p.pieces == 0) by_channel.fill(p, piece.sample, false);
-    for (int64_t i = 0; i < piece.pixels; ++i) {
-      const int64_t at = piece.start + i * p.channels;
-      apply_pixel<T, Silu, Work<T>>(p.x + at, by_channel.mean, by_channel.scale, p.bias, p.channels, p.out + at);
-    }
-  }
+HYPERSD_INLINE void inside_apply(const Problem<T>& p, int64_t item, Vectors<T> k) {
+  const Piece<T> piece(p, item);
+  const int64_t channels = p.channels;
+  k.fill(p, piece.sample);
+  const T* x = p.x + piece.start;
+  T* y = p.out + piece.start;
+  over_pixels(
+      0, piece.pixels,
+      [&](int64_t i) HYPERSD_LAMBDA_INLINE {
+        apply_rows<kRows, T, Silu, Work<T>>(x + i * channels, k.mean, k.scale, p.bias, channels, y + i * channels);
+      },
+      [&](int64_t i) HYPERSD_LAMBDA_INLINE {
+        apply_rows<1, T, Silu, Work<T>>(x + i * channels, k.mean, k.scale, p.bias, channels, y + i * channels);
+      },
+      [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE { fetch(x + i * channels, n * channels); });
 }
 
-// a += dz, b += dz (x - mean); with SiLU and `Keep` leaves dz itself in `dz`.
-template <class T, bool Silu, bool Keep, class C>
-HYPERSD_INLINE void sum_pixel(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT mean,
-                              const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
-                              C* HYPERSD_RESTRICT dz, C* HYPERSD_RESTRICT a, C* HYPERSD_RESTRICT b) {
+// a += dz, b += dz (x - mean); with `Keep` leaves dz itself in `dz`.
+template <int Rows, class T, bool Silu, bool Keep, class C>
+HYPERSD_INLINE void sum_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT mean,
+                             const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
+                             C* HYPERSD_RESTRICT dz, C* HYPERSD_RESTRICT a, C* HYPERSD_RESTRICT b) {
   for (int64_t c = 0; c < channels; ++c) {
-    const C centered = widen(x[c]) - mean[c], g = derive<Silu>(widen(dy[c]), centered * scale[c] + shift[c]);
-    if (Keep) dz[c] = g;
-    a[c] += g;
-    b[c] += g * centered;
+    C sum = 0, product = 0;
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t at = r * channels + c;
+      const C centered = widen(x[at]) - mean[c], g = derive<Silu>(widen(dy[at]), centered * scale[c] + shift[c]);
+      if (Keep) dz[at] = g;
+      sum += g;
+      product += g * centered;
+    }
+    a[c] += sum;
+    b[c] += product;
   }
 }
 template <class C>
@@ -163,95 +206,120 @@ HYPERSD_INLINE void add_to(C* HYPERSD_RESTRICT to, const C* HYPERSD_RESTRICT fro
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// Sums by channel for whole pieces; dz is left in `kept`, memory for the sample of the first piece, where not null.
-template <class T, bool Silu>
-HYPERSD_INLINE void inside_sums(const Problem<T>& p, int64_t begin, int64_t end, Work<T>* kept) {
-  using C = Work<T>;
-  const int64_t channels = p.channels;
-  ByChannel<T> by_channel(p);
-  std::unique_ptr<C[]> memory(new C[2 * channels]);
-  C *a = memory.get(), *b = a + channels;
-  for (int64_t item = begin; item < end; ++item) {
-    const Piece<T> piece(p, item);
-    if (item == begin || item % p.pieces == 0) by_channel.fill(p, piece.sample, false);
-    C *channel_dz = p.channel_dz + item * channels, *channel_dzx = p.channel_dzx + item * channels;
-    for (int64_t c = 0; c < channels; ++c) channel_dz[c] = channel_dzx[c] = 0;
-    for (int64_t first = 0; first < piece.pixels; first += kPixels) {
-      const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
-      for (int64_t c = 0; c < 2 * channels; ++c) a[c] = 0;
-      for (int64_t i = first; i < stop; ++i) {
-        const int64_t at = piece.start + i * channels;
-        if (kept)
-          sum_pixel<T, Silu, true, C>(p.x + at, p.dy + at, by_channel.mean, by_channel.scale, p.bias, channels,
-                                      kept + (at - piece.sample * p.pixels * channels), a, b);
-        else
-          sum_pixel<T, Silu, false, C>(p.x + at, p.dy + at, by_channel.mean, by_channel.scale, p.bias, channels,
-                                       nullptr, a, b);
-      }
-      add_to<C>(channel_dz, a, channels);
-      add_to<C>(channel_dzx, b, channels);
-    }
-    for (int64_t c = 0; c < channels; ++c) channel_dzx[c] *= by_channel.rstd[c];
-  }
+// Where dz waits for the second pass: in dx, if that has the type to hold it.
+template <class T>
+HYPERSD_INLINE Work<T>* waiting(const Problem<T>& p) {
+  if constexpr (std::is_same_v<T, Work<T>>) return p.keep ? p.out : nullptr;
+  return nullptr;
 }
 
-// offset and slope of the groups of samples [begin, end) from the sums of their pieces.
-template <class T>
-void inside_finish_sums(const Problem<T>& p, int64_t begin, int64_t end) {
+// Sums by channel of a piece.
+template <class T, bool Silu>
+HYPERSD_INLINE void inside_sums(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
-  const int64_t group = p.per_group();
-  for (int64_t item = begin * p.groups; item < end * p.groups; ++item) {
-    const int64_t first = item % p.groups * group;
+  const int64_t channels = p.channels;
+  const Piece<T> piece(p, item);
+  k.fill(p, piece.sample);
+  const T *x = p.x + piece.start, *dy = p.dy + piece.start;
+  C* const dz = waiting(p) ? waiting(p) + piece.start : nullptr;
+  C *channel_dz = p.channel_dz + item * channels, *channel_dzx = p.channel_dzx + item * channels;
+  for (int64_t c = 0; c < channels; ++c) channel_dz[c] = channel_dzx[c] = 0;
+  const auto sums = [&](auto rows, int64_t i) HYPERSD_LAMBDA_INLINE {
+    constexpr int kCount = decltype(rows)::value;
+    const int64_t at = i * channels;
+    if (dz)
+      sum_rows<kCount, T, Silu, true, C>(x + at, dy + at, k.mean, k.scale, p.bias, channels, dz + at, k.a, k.b);
+    else
+      sum_rows<kCount, T, Silu, false, C>(x + at, dy + at, k.mean, k.scale, p.bias, channels, nullptr, k.a, k.b);
+  };
+  for (int64_t first = 0; first < piece.pixels; first += kPixels) {
+    const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
+    for (int64_t c = 0; c < channels; ++c) k.a[c] = k.b[c] = 0;
+    over_pixels(
+        first, stop, [&](int64_t i) HYPERSD_LAMBDA_INLINE { sums(std::integral_constant<int, kRows>{}, i); },
+        [&](int64_t i) HYPERSD_LAMBDA_INLINE { sums(std::integral_constant<int, 1>{}, i); },
+        [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE {
+          fetch(x + i * channels, n * channels);
+          fetch(dy + i * channels, n * channels);
+        });
+    add_to<C>(channel_dz, k.a, channels);
+    add_to<C>(channel_dzx, k.b, channels);
+  }
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t c = g * p.per_group(); c < (g + 1) * p.per_group(); ++c)
+      channel_dzx[c] *= p.rstd[piece.sample * p.groups + g];
+}
+
+// offset and slope of the groups of a sample from the sums of its pieces.
+template <class T, bool>
+HYPERSD_INLINE void inside_finish_sums(const Problem<T>& p, int64_t sample, Vectors<T> k) {
+  using C = Work<T>;
+  const int64_t group = p.per_group(), channels = p.channels;
+  double *dz = k.wide.get(), *dzx = dz + channels;
+  for (int64_t c = 0; c < 2 * channels; ++c) dz[c] = 0;
+  for (int64_t i = sample * p.pieces; i < (sample + 1) * p.pieces; ++i) {
+    add_means(p.channel_dz + i * channels, 1.0, channels, dz);
+    add_means(p.channel_dzx + i * channels, 1.0, channels, dzx);
+  }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t item = sample * p.groups + g;
     double offset = 0, slope = 0;
-    for (int64_t piece = 0; piece < p.pieces; ++piece) {
-      const int64_t at = (item / p.groups * p.pieces + piece) * p.channels;
-      for (int64_t c = first; c < first + group; ++c) {
-        offset += double(p.weight[c]) * p.channel_dz[at + c];
-        slope += double(p.weight[c]) * p.channel_dzx[at + c];
-      }
-    }
+    for (int64_t c = g * group; c < (g + 1) * group; ++c) offset += p.weight[c] * dz[c], slope += p.weight[c] * dzx[c];
     const double factor = p.rstd[item] / static_cast<double>(group * p.pixels);
     p.offset[item] = static_cast<C>(factor * offset), p.slope[item] = static_cast<C>(factor * slope * p.rstd[item]);
   }
 }
 
-template <class T, bool Silu, bool Kept, class C>
-HYPERSD_INLINE void dx_pixel(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT dz,
-                             const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT scale,
-                             const C* HYPERSD_RESTRICT shift, const C* HYPERSD_RESTRICT slope,
-                             const C* HYPERSD_RESTRICT offset, int64_t channels, T* HYPERSD_RESTRICT dx) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const C centered = widen(x[c]) - mean[c];
-    const C g = Kept ? dz[c] : derive<Silu>(widen(dy[c]), centered * scale[c] + shift[c]);
-    assign(dx[c], g * scale[c] - (centered * slope[c] + offset[c]));
-  }
+// With `Kept` dz lies in dx.
+template <int Rows, class T, bool Silu, bool Kept, class C>
+HYPERSD_INLINE void dx_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT mean,
+                            const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift,
+                            const C* HYPERSD_RESTRICT slope, const C* HYPERSD_RESTRICT offset, int64_t channels,
+                            T* HYPERSD_RESTRICT dx) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t at = r * channels + c;
+      const C centered = widen(x[at]) - mean[c];
+      const C g = Kept ? widen(dx[at]) : derive<Silu>(widen(dy[at]), centered * scale[c] + shift[c]);
+      assign(dx[at], g * scale[c] - (centered * slope[c] + offset[c]));
+    }
 }
 
 template <class T, bool Silu>
-HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t begin, int64_t end, const Work<T>* kept) {
+HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
-  const int64_t channels = p.channels;
-  ByChannel<T> by_channel(p);
-  for (int64_t item = begin; item < end; ++item) {
-    const Piece<T> piece(p, item);
-    if (item == begin || item % p.pieces == 0) by_channel.fill(p, piece.sample, true);
-    for (int64_t i = 0; i < piece.pixels; ++i) {
-      const int64_t at = piece.start + i * channels;
-      const C* dz = kept + (at - piece.sample * p.pixels * channels);
-      if (kept)
-        dx_pixel<T, Silu, true, C>(p.x + at, p.dy + at, dz, by_channel.mean, by_channel.scale, p.bias, by_channel.slope,
-                                   by_channel.offset, channels, p.out + at);
-      else
-        dx_pixel<T, Silu, false, C>(p.x + at, p.dy + at, nullptr, by_channel.mean, by_channel.scale, p.bias,
-                                    by_channel.slope, by_channel.offset, channels, p.out + at);
-    }
-  }
+  const Piece<T> piece(p, item);
+  const int64_t channels = p.channels, group = p.per_group();
+  k.fill(p, piece.sample);
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t c = g * group; c < (g + 1) * group; ++c)
+      k.slope[c] = p.slope[piece.sample * p.groups + g], k.offset[c] = p.offset[piece.sample * p.groups + g];
+  const T *x = p.x + piece.start, *dy = p.dy + piece.start;
+  T* dx = p.out + piece.start;
+  const bool kept = waiting(p);
+  const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
+    constexpr int kCount = decltype(count)::value;
+    const int64_t at = i * channels;
+    if (kept)
+      dx_rows<kCount, T, Silu, true, C>(x + at, nullptr, k.mean, k.scale, p.bias, k.slope, k.offset, channels, dx + at);
+    else
+      dx_rows<kCount, T, Silu, false, C>(x + at, dy + at, k.mean, k.scale, p.bias, k.slope, k.offset, channels, dx + at);
+  };
+  over_pixels(
+      0, piece.pixels, [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, kRows>{}, i); },
+      [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, 1>{}, i); },
+      [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE {
+        fetch(x + i * channels, n * channels);
+        fetch((kept ? dx : dy) + i * channels, n * channels);
+      });
 }
 
-HYPERSD_NORM(inside_moments)
-HYPERSD_NORM(inside_apply)
-HYPERSD_NORM_KEPT(inside_sums, )
-HYPERSD_NORM_KEPT(inside_dx, const)
+HYPERSD_NORM(inside_moments, Vectors)
+HYPERSD_NORM(inside_finish, Vectors)
+HYPERSD_NORM(inside_apply, Vectors)
+HYPERSD_NORM(inside_sums, Vectors)
+HYPERSD_NORM(inside_finish_sums, Vectors)
+HYPERSD_NORM(inside_dx, Vectors)
 
 }  // namespace
 }  // namespace hypersd

@@ -54,69 +54,68 @@ HYPERSD_INLINE void dx_row(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRIC
   }
 }
 
+// Memory of a worker: nothing, or dz of a group, or of a row of it.
+template <class T>
+using Row = Work<T>*;
+
 template <class T, bool Silu>
-HYPERSD_INLINE void outside_forward(const Problem<T>& p, int64_t begin, int64_t end) {
+HYPERSD_INLINE void outside_forward(const Problem<T>& p, int64_t item, Row<T>) {
   using C = Work<T>;
   const int64_t group = p.per_group(), width = group * p.pixels;
-  for (int64_t item = begin; item < end; ++item) {
-    const T* x = p.x + item * width;
-    Moments moments;
-    for (int64_t first = 0; first < width; first += kChunk) {
-      const int64_t count = width - first < kChunk ? width - first : kChunk;
-      const T* HYPERSD_RESTRICT part = x + first;
-      const C mean = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE { return widen(part[i]); }) / count;
-      const C squares = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE {
-        return (widen(part[i]) - mean) * (widen(part[i]) - mean);
-      });
-      moments.add(count, mean, squares);
-    }
-    C mean, rstd;
-    moments.finish(p.eps, mean, rstd);
-    p.mean[item] = mean, p.rstd[item] = rstd;
-    const int64_t channel = item % p.groups * group;
-    for (int64_t c = 0; c < group; ++c)
-      apply_row<T, Silu, C>(x + c * p.pixels, mean, rstd * p.weight[channel + c], p.bias[channel + c], p.pixels,
-                            p.out + item * width + c * p.pixels);
+  const T* x = p.x + item * width;
+  Moments moments;
+  for (int64_t first = 0; first < width; first += kChunk) {
+    const int64_t count = width - first < kChunk ? width - first : kChunk;
+    const T* HYPERSD_RESTRICT part = x + first;
+    const C mean = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE { return widen(part[i]); }) / count;
+    const C squares = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE {
+      return (widen(part[i]) - mean) * (widen(part[i]) - mean);
+    });
+    moments.add(count, mean, squares);
   }
+  C mean, rstd;
+  moments.finish(p.eps, mean, rstd);
+  p.mean[item] = mean, p.rstd[item] = rstd;
+  const int64_t channel = item % p.groups * group;
+  for (int64_t c = 0; c < group; ++c)
+    apply_row<T, Silu, C>(x + c * p.pixels, mean, rstd * p.weight[channel + c], p.bias[channel + c], p.pixels,
+                          p.out + item * width + c * p.pixels);
 }
 
 template <class T, bool Silu>
-HYPERSD_INLINE void outside_backward(const Problem<T>& p, int64_t begin, int64_t end) {
+HYPERSD_INLINE void outside_backward(const Problem<T>& p, int64_t item, Row<T> scratch) {
   using C = Work<T>;
   const int64_t group = p.per_group(), width = group * p.pixels;
   const bool kept = Silu && width <= kScratch;
-  std::unique_ptr<C[]> scratch(new C[kept ? width : Silu ? p.pixels : 1]);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t channel = item % p.groups * group, row = item / p.groups * p.channels + channel;
-    const T *x = p.x + item * width, *dy = p.dy + item * width;
-    const C mean = p.mean[item], rstd = p.rstd[item];
-    const C *weight = p.weight + channel, *bias = p.bias + channel;
-    double offset = 0, slope = 0;
-    for (int64_t c = 0; c < group; ++c) {
-      const int64_t at = c * p.pixels;
-      C sum_dz = 0, sum_dzx = 0;
-      sum_row<T, Silu, C>(x + at, dy + at, mean, rstd * weight[c], bias[c], p.pixels, scratch.get() + (kept ? at : 0),
-                          sum_dz, sum_dzx);
-      p.channel_dz[row + c] = sum_dz, p.channel_dzx[row + c] = sum_dzx * rstd;
-      offset += double(weight[c]) * sum_dz;
-      slope += double(weight[c]) * sum_dzx * rstd;
-    }
-    if (!p.out) continue;
-    const C a = static_cast<C>(rstd * (offset / width)), b = static_cast<C>(double(rstd) * rstd * (slope / width));
-    for (int64_t c = 0; c < group; ++c) {
-      const int64_t at = c * p.pixels;
-      T* dx = p.out + item * width + at;
-      const C scale = rstd * weight[c];
-      if (kept)
-        dx_row<T, Silu, true, C>(x + at, dy + at, scratch.get() + at, mean, scale, bias[c], b, a, p.pixels, dx);
-      else
-        dx_row<T, Silu, false, C>(x + at, dy + at, nullptr, mean, scale, bias[c], b, a, p.pixels, dx);
-    }
+  const int64_t channel = item % p.groups * group, row = item / p.groups * p.channels + channel;
+  const T *x = p.x + item * width, *dy = p.dy + item * width;
+  const C mean = p.mean[item], rstd = p.rstd[item];
+  const C *weight = p.weight + channel, *bias = p.bias + channel;
+  double offset = 0, slope = 0;
+  for (int64_t c = 0; c < group; ++c) {
+    const int64_t at = c * p.pixels;
+    C sum_dz = 0, sum_dzx = 0;
+    sum_row<T, Silu, C>(x + at, dy + at, mean, rstd * weight[c], bias[c], p.pixels, scratch + (kept ? at : 0),
+                        sum_dz, sum_dzx);
+    p.channel_dz[row + c] = sum_dz, p.channel_dzx[row + c] = sum_dzx * rstd;
+    offset += double(weight[c]) * sum_dz;
+    slope += double(weight[c]) * sum_dzx * rstd;
+  }
+  if (!p.out) return;
+  const C a = static_cast<C>(rstd * (offset / width)), b = static_cast<C>(double(rstd) * rstd * (slope / width));
+  for (int64_t c = 0; c < group; ++c) {
+    const int64_t at = c * p.pixels;
+    T* dx = p.out + item * width + at;
+    const C scale = rstd * weight[c];
+    if (kept)
+      dx_row<T, Silu, true, C>(x + at, dy + at, scratch + at, mean, scale, bias[c], b, a, p.pixels, dx);
+    else
+      dx_row<T, Silu, false, C>(x + at, dy + at, nullptr, mean, scale, bias[c], b, a, p.pixels, dx);
   }
 }
 
-HYPERSD_NORM(outside_forward)
-HYPERSD_NORM(outside_backward)
+HYPERSD_NORM(outside_forward, Row)
+HYPERSD_NORM(outside_backward, Row)
 
 }  // namespace
 }  // namespace hypersd

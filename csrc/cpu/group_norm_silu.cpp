@@ -4,6 +4,7 @@
 #include "group_norm_inside.h"
 #include "group_norm_outside.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace hypersd {
 namespace {
@@ -94,31 +95,36 @@ Tensor finished(const Tensor& computed, const View& wanted, Type type) {
   return out;
 }
 
-// Over groups (channels outside): `width` elements each.
-template <class F>
-void over_groups(int64_t count, int64_t width, const F& run) {
-  torch::stable::parallel_for(0, count, 8 * kChunk / width + 1, run);
+// Channels outside: run(p, group, memory of the worker), a memory of `size` numbers each.
+template <class T, class F>
+void over_groups(const Problem<T>& p, int64_t size, const F& run) {
+  const int64_t count = p.batch * p.groups, threads = threads_for(p.batch * p.channels * p.pixels, kShare);
+  std::unique_ptr<Work<T>[]> memory(new Work<T>[threads * size]);
+  over_tasks(count, threads, [&](int64_t group, int64_t worker) { run(p, group, memory.get() + worker * size); });
 }
 
-// Two passes over the pieces of every sample with `finish` in between: sample by sample, while it is in the cache, where
-// there are samples for all threads; else piece by piece. `keep`: the passes share memory for one sample where it is small.
-template <class T, class First, class Finish, class Second>
-void over_samples(const Problem<T>& p, bool keep, const First& first, const Finish& finish, const Second& second) {
-  const int64_t width = p.channels * p.pixels;
-  if (p.batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    torch::stable::parallel_for(0, p.batch, 8 * kChunk / width + 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<Work<T>[]> kept(keep && width <= kScratch ? new Work<T>[width] : nullptr);
-      for (int64_t n = begin; n < end; ++n) {
-        first(n * p.pieces, (n + 1) * p.pieces, kept.get());
-        finish(n, n + 1);
-        second(n * p.pieces, (n + 1) * p.pieces, kept.get());
-      }
-    });
-    return;
-  }
-  torch::stable::parallel_for(0, p.batch * p.pieces, 1, [&](int64_t b, int64_t e) { first(b, e, nullptr); });
-  finish(0, p.batch);
-  torch::stable::parallel_for(0, p.batch * p.pieces, 1, [&](int64_t b, int64_t e) { second(b, e, nullptr); });
+template <class T>
+using Step = void (*)(const Problem<T>&, int64_t, Vectors<T>);
+template <class T>
+void nothing(const Problem<T>&, int64_t, Vectors<T>) {}
+
+// Channels inside: two passes over the pieces of every sample with `finish` in between. Where samples have few pieces for
+// the threads and are many, each is one thread's.
+template <class T, class F>
+void over_samples(const Problem<T>& p, const F& first, const F& finish, const F& second) {
+  const int64_t threads = threads_for(p.batch * p.channels * p.pixels, kShare);
+  std::vector<Channels<T>> memory;
+  for (int64_t worker = 0; worker < threads; ++worker) memory.emplace_back(p);
+  if (p.batch < threads || p.pieces >= 2 * threads)
+    return two_passes(
+        p.batch, p.pieces, threads, [&](int64_t i, int64_t worker) { first(p, i, memory[worker]); },
+        [&](int64_t n, int64_t worker) { finish(p, n, memory[worker]); },
+        [&](int64_t i, int64_t worker) { second(p, i, memory[worker]); });
+  over_tasks(p.batch, threads, [&](int64_t n, int64_t worker) {
+    for (int64_t i = 0; i < p.pieces; ++i) first(p, n * p.pieces + i, memory[worker]);
+    finish(p, n, memory[worker]);
+    for (int64_t i = p.pieces; i-- > 0;) second(p, n * p.pieces + i, memory[worker]);
+  });
 }
 
 Tensor empty_2d(const View& like, int64_t rows, int64_t columns, Type type) {
@@ -145,14 +151,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Layout& layout
   p.weight = w.data(), p.bias = b.data();
   p.mean = reinterpret_cast<C*>(data_of(mean)), p.rstd = reinterpret_cast<C*>(data_of(rstd));
   if (!layout.inside) {
-    over_groups(p.batch * groups, p.per_group() * p.pixels, [&](int64_t b, int64_t e) { run_outside_forward(p, b, e); });
+    over_groups(p, 0, [](const Problem<T>& q, int64_t i, C* k) { run_outside_forward(q, i, k); });
   } else {
     std::vector<C> partial(p.batch * p.pieces * 2 * p.channels);
     p.partial = partial.data();
-    over_samples(
-        p, false, [&](int64_t b, int64_t e, C*) { run_inside_moments(p, b, e); },
-        [&](int64_t b, int64_t e) { inside_finish(p, b, e); },
-        [&](int64_t b, int64_t e, C*) { run_inside_apply(p, b, e); });
+    over_samples<T, Step<T>>(p, run_inside_moments, run_inside_finish, run_inside_apply);
   }
   return {finished<T>(y, wanted, layout.view.type), mean, rstd};
 }
@@ -199,14 +202,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     p.mean = reinterpret_cast<C*>(m.data), p.rstd = reinterpret_cast<C*>(r.data);
     p.channel_dz = channel_dz.data(), p.channel_dzx = channel_dzx.data();
     if (!layout.inside) {
-      over_groups(p.batch * groups, p.per_group() * p.pixels, [&](int64_t b, int64_t e) { run_outside_backward(p, b, e); });
+      const int64_t width = p.per_group() * p.pixels;
+      over_groups(p, silu ? width <= kScratch ? width : p.pixels : 0,
+                  [](const Problem<T>& q, int64_t i, C* k) { run_outside_backward(q, i, k); });
     } else {
       slope.resize(p.batch * groups), offset.resize(p.batch * groups);
       p.slope = slope.data(), p.offset = offset.data();
-      over_samples(
-          p, need_x && silu, [&](int64_t b, int64_t e, C* kept) { run_inside_sums(p, b, e, kept); },
-          [&](int64_t b, int64_t e) { inside_finish_sums(p, b, e); },
-          [&](int64_t b, int64_t e, const C* kept) { if (need_x) run_inside_dx(p, b, e, kept); });
+      p.keep = need_x && silu;
+      if (need_x) over_samples<T, Step<T>>(p, run_inside_sums, run_inside_finish_sums, run_inside_dx);
+      else over_samples<T, Step<T>>(p, run_inside_sums, nothing<T>, nothing<T>);
     }
   }
   const auto gradient = [&](const std::optional<Tensor>& like, const std::vector<C>& sums) {
