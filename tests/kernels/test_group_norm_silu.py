@@ -45,21 +45,27 @@ def test_memory_order_is_kept(dtype, implementation, monkeypatch):
         assert grad.shape == t.shape and grad.dtype == dtype
 
 
+SIZES = {"three pieces a sample": (48, 40, 40), "18 pieces a sample": (160, 60, 60)}
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("last", [False, True])
-def test_same_bits_on_any_number_of_threads(batch, last):
-    """Few samples are cut into pieces, many are not; sums are grouped by the shape alone."""
-    x, weight, bias = layer(batch, 48, 40, 40, last=last)  # three pieces a sample
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_same_bits_on_any_number_of_threads(sizes, batch, last):
+    """Few samples are cut into pieces, many are not; sums are grouped by the shape alone, whoever takes a piece first."""
+    x, weight, bias = layer(batch, *sizes, last=last)
     inputs = {"x": x, "num_groups": 8, "weight": weight, "bias": bias, "eps": 1e-5}
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5, 3, 2):
             torch.set_num_threads(threads)
             found.append(checks.evaluate(OPS["group_norm_silu"], inputs))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(other[name], value) for name, value in found[0].items())
+    exact = F.silu(F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-5))
+    torch.testing.assert_close(next(iter(found[0].values())).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("last", [False, True])
