@@ -52,7 +52,7 @@ SIZES = {"three pieces a sample": (48, 40, 40), "18 pieces a sample": (160, 60, 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_same_bits_on_any_number_of_threads(sizes, batch, last):
-    """Few samples are cut into pieces, many are not; sums are grouped by the shape alone, whoever takes a piece first."""
+    """Few samples are cut into pieces, many are not; sums are grouped by the shape alone, not by who takes a piece."""
     x, weight, bias = layer(batch, *sizes, last=last)
     inputs = {"x": x, "num_groups": 8, "weight": weight, "bias": bias, "eps": 1e-5}
     before, found = torch.get_num_threads(), []
