@@ -1,4 +1,5 @@
-"""The main job, whole: distil the embedded teacher, judge it at 1, 2, 4 and 8 steps beside the teacher, report."""
+"""The main job, whole: distil the embedded teacher into one LoRA, judge it at 1, 2, 4 and 8 steps beside the teacher,
+report."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
 from hypersd.files import atomic_write
 from hypersd.models.export import load_lora
-from hypersd.resolve import has_bfloat16, load_dataset, load_model, pick_device, scene_references, writable
+from hypersd.resolve import (
+    has_bfloat16,
+    load_dataset,
+    load_model,
+    load_rewards,
+    pick_device,
+    scene_references,
+    writable,
+)
 from hypersd.sampling.sampler import sampler_for
-
-# network evaluations of one picture that one optimizer step costs a sample: teacher 2, target 1, student 1 + backward 2
-TRAINING_PASSES = 6
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,10 @@ def guidance_of(recipe: Recipe) -> float:
 def work_of(recipe: Recipe, samples: int) -> dict[str, float]:
     """Every phase of the demo in network evaluations of one picture; encoding a picture counts as one."""
     work: dict[str, float] = {"encode pictures": recipe.data.count}
-    per_step = recipe.train.batch_size * recipe.train.accumulation * TRAINING_PASSES
+    samples_of_a_step = recipe.train.batch_size * recipe.train.accumulation
     for stage in recipe.stages:
-        work[stage.name] = work.get(stage.name, 0.0) + stage.iterations * per_step
+        cost = stage.iterations * samples_of_a_step * stage.network_evaluations
+        work[stage.name] = work.get(stage.name, 0.0) + cost
     return work | compare.work_of(samples)
 
 
@@ -79,15 +86,16 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
         trainer = Trainer(
             recipe, components, dataset, training,
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
+            **load_rewards(recipe, components),
         )  # fmt: skip
         backbone = trainer.run()
         reference, zero = scene_references(plan.samples, seed, VARIETY)
         process = components.noise_process()
         _, metadata = load_lora(training / "lora.safetensors")
         evaluation = evaluate(
-            components, backbone, reference, judge, zero=zero, role="ema", steps=STEPS, teacher_steps=TEACHER_STEPS,
-            table=lambda steps: sampler_for(process, metadata, steps), guidance_scale=guidance_of(recipe),
-            variety=VARIETY, seed=seed, judge_device=components.device,
+            components, backbone, reference, judge, zero=zero, role=trainer.result, steps=STEPS,
+            table=lambda steps: sampler_for(process, metadata, steps), teacher_steps=TEACHER_STEPS,
+            guidance_scale=guidance_of(recipe), variety=VARIETY, seed=seed, judge_device=components.device,
             progress=lambda name, done, total: progress(f"judge {name}", done, total),
         )  # fmt: skip
     metrics = metrics_document(

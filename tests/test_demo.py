@@ -11,7 +11,8 @@ from PIL import Image
 from hypersd import cli, demo
 from hypersd.console import Progress, duration
 from hypersd.distill.recipe import load_recipe
-from hypersd.evaluate.run import COLUMNS
+from hypersd.evaluate.run import COLUMNS, evaluate
+from hypersd.models.export import load_lora
 
 RECIPE = """
 [data]
@@ -31,6 +32,22 @@ method = "tscd"
 segments = 1
 iterations = 2
 guidance_scale = [3.0, 3.0]
+[[stages]]
+method = "dmd"
+iterations = 1
+guidance_scale = [3.0, 3.0]
+fake_updates = 1
+[[stages]]
+method = "feedback"
+iterations = 2
+rollout = [1, 2, 4, 8]
+anchor = 0.1
+[[stages.rewards]]
+kind = "scene_preference"
+threshold = 5.0
+[[stages.rewards]]
+kind = "judge_preference"
+weight = 0.0
 """
 
 
@@ -52,23 +69,31 @@ class Colours:
 
 @pytest.fixture
 def embedded(tmp_path, tiny_sd_folder, monkeypatch):
-    """Nothing but the weights is replaced: model folder, judge, and a recipe of four optimizer steps."""
+    """Nothing but the weights is replaced: model folder, judge, and a recipe of seven optimizer steps."""
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(RECIPE)
     monkeypatch.setattr("hypersd.emoji.model_folder", lambda: tiny_sd_folder)
-    monkeypatch.setattr("hypersd.emoji.evaluators.load", lambda name, device: {"judge": Colours()}[name])
+    monkeypatch.setattr("hypersd.emoji.evaluators.load", lambda name, device: Colours())
     monkeypatch.setitem(demo.BUDGETS, "quick", demo.Budget(str(recipe), 3))
     return tmp_path
 
 
-def test_demo_leaves_everything_that_it_promises(embedded, capsys):
-    out = embedded / "out"
+def test_demo_leaves_everything_that_it_promises(embedded, capsys, monkeypatch):
+    out, judged = embedded / "out", []
+
+    def judge(*arguments, **options):
+        judged.append(options["role"])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(demo, "evaluate", judge)
     assert cli.run(["demo", "--out", str(out)]) == 0
     names = {"lora.safetensors", "grid.png", "curves.png", "metrics.json", "report.html"}
     assert {path.name for path in out.iterdir()} == names | {"training"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["samples"] == 3 and metrics["teacher"]["nfe"] == 50
-    assert metrics["recipe"]["stages"][0]["segments"] == 2
+    stages = ["tscd-2", "tscd-1", "dmd", "feedback"]
+    assert metrics["recipe"]["stages"][0]["segments"] == 2 and len(metrics["recipe"]["stages"]) == len(stages)
+    assert all(f"<dt>{name}</dt>" in (out / "report.html").read_text() for name in stages)
     for group in ("undistilled", "student"):
         assert list(metrics[group]) == ["1", "2", "4", "8"]
         for row in metrics[group].values():
@@ -77,6 +102,14 @@ def test_demo_leaves_everything_that_it_promises(embedded, capsys):
     assert metrics["reference"]["real"]["diversity"] > 0
     assert Image.open(out / "grid.png").width > 1000
     assert (out / "lora.safetensors").read_bytes() == (out / "training" / "lora.safetensors").read_bytes()
+    merged, metadata = load_lora(out / "lora.safetensors")
+    parts = [load_lora(out / "training" / f"{name}.safetensors")[0] for name in ("lora-dmd", "lora-feedback")]
+    assert metadata["rank"] == "4" and metadata["method"] == "feedback" and metadata["steps"] == "1,2,4,8"
+    for key in (key for key in merged if "lora_A" in key):
+        down, up = key, key.replace("lora_A", "lora_B")
+        wanted = sum(part[up].double().flatten(1) @ part[down].double().flatten(1) for part in parts)
+        assert torch.allclose(merged[up].double().flatten(1) @ merged[down].double().flatten(1), wanted, atol=1e-9)
+    assert judged == ["previous+ema"]  # what is judged is what is written
     printed = capsys.readouterr()
     assert "student, 8 steps" in printed.out and str(out / "report.html") in printed.out.replace("\n", "")
     assert "tscd-2: 2/2" in printed.err and "about 0 s left in all" in printed.err
@@ -96,7 +129,10 @@ def test_an_option_of_the_recipe_decides_guidance_and_work(embedded):
     recipe = load_recipe(str(embedded / "tiny.toml"))
     assert demo.guidance_of(recipe) == 4.0
     work = demo.work_of(recipe, samples=36)
-    assert work["encode pictures"] == 8 and work["tscd-2"] == 2 * 2 * demo.TRAINING_PASSES
+    assert work["encode pictures"] == 8 and work["tscd-2"] == 2 * 2 * 6  # teacher 2, target 1, student 1 + 2
+    # fake score 1 + 3; 70 % of a batch: student 3, real, fake, anchor 4; the others a consistency loss
+    assert work["dmd"] == pytest.approx(2 * (4 + 0.7 * 9 + 0.3 * 6))
+    assert work["feedback"] == 2 * 2 * (7 + 3 + 1)
     assert work["judge teacher"] == 50 * 100 and work["judge student/4"] == 400
 
 
@@ -120,7 +156,7 @@ def test_bfloat16_only_where_the_machine_has_it(embedded, monkeypatch, native, d
 def test_quick_and_full_recipes_are_shipped():
     for budget in ("quick", "full"):
         recipe = load_recipe(demo.BUDGETS[budget].recipe)
-        assert recipe.model.path == "embedded" and recipe.stages[-1].segments == 1
+        assert recipe.model.path == "embedded" and recipe.stages[-1].is_separate
 
 
 def test_time_left_counts_all_work(monkeypatch):

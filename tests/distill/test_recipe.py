@@ -30,7 +30,7 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
             assert stage.name == "tscd-8" and stage.guidance_scale == (1.0, 1.0) and stage.sampling_guidance == 2.5
             assert 0.1 <= data.caption_dropout <= 0.2 and stage.teacher_passes == 1
             continue
-        after = {"emoji-unified": ["dmd"]}.get(name, [])
+        after = {"emoji-unified": ["dmd"], "emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"]}.get(name, [])
         assert [stage.name for stage in load_recipe(name).stages] == tscd + after
     for name in ("flux", "sd15", "sd3", "sdxl"):
         train = load_recipe(name).train
@@ -70,7 +70,7 @@ def test_overrides() -> None:
         ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),
-        ("stages.9.grid=4", "stages has entries 0 to 3, found '9'"),
+        ("stages.9.grid=4", "stages has entries 0 to 4, found '9'"),
         ("model=3", "model: found 3, should be a section"),
         ("model.path.x=3", "model.path is a value, not a section"),
         ("data.kind=folder", 'data: kind = "folder" needs path'),
