@@ -80,6 +80,7 @@ class Train(Section):
     # what is computed again in backward: nothing, the feed-forward layers (memory for next to no time), every block
     gradient_checkpointing: Literal["none", "feed_forward", "full"] = "feed_forward"
     checkpoint_every: Positive = 500  # steps; a stage's end always writes one
+    watch_every: Annotated[int, Field(ge=0)] = 50  # steps between looks at samples (distill.probe); 0: no looks
     log_every: Positive = 10  # steps between the moments when a GPU is asked for its loss
     threads: Positive | None = None  # of torch on a CPU; None: torch's choice
 

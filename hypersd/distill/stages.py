@@ -247,7 +247,8 @@ class FeedbackStage(BaseStage):
     `adapter`: "separate" trains a LoRA of its own on top of the frozen weights so far, and exports it alone and merged;
     "continue" goes on with those weights. `anchor` times the squared latent distance to what the weights before would
     have made of the same step keeps the roll-out where it was.
-    `check_every`: steps in each of the means that over-optimisation is told from.
+    `check_every`: steps in each of the means that over-optimisation is told from; `max_drift`: how far the samples may
+    move away from those of the beginning before there is a warning (hypersd.distill.probe).
     """
 
     method: Literal["feedback"]
@@ -260,6 +261,7 @@ class FeedbackStage(BaseStage):
     adapter: Literal["separate", "continue"] = "separate"
     anchor: NonNegative = 0.0
     check_every: Positive = 25
+    max_drift: Annotated[float, Field(gt=0)] = 3.0
 
     @model_validator(mode="after")
     def _consistent(self) -> FeedbackStage:

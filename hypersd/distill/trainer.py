@@ -23,7 +23,7 @@ from hypersd.distill.dmd import DMD
 from hypersd.distill.dmd2 import DMD2
 from hypersd.distill.feedback import Feedback
 from hypersd.distill.flat import FlatAdamW
-from hypersd.distill.health import Guard, good_name
+from hypersd.distill.health import Guard, Health, good_name
 from hypersd.distill.interrupt import Interrupt
 from hypersd.distill.lcm import LCM
 from hypersd.distill.lightning import Lightning
@@ -32,6 +32,7 @@ from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, D
 from hypersd.distill.parts import guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
+from hypersd.distill.probe import Probe, alarms
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.rg_lcd import RGLCD
 from hypersd.distill.stages import (
@@ -75,7 +76,7 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     FeedbackStage: Feedback,
 }
 # what may differ between the recipe of a checkpoint and the one that resumes it
-FREE = ("checkpoint_every", "log_every", "threads")
+FREE = ("checkpoint_every", "watch_every", "log_every", "threads")
 
 
 class Progress(Protocol):
@@ -117,6 +118,7 @@ class Trainer:
         self.has_previous = False
         self.own_roles: tuple[str, ...] = ()  # further ones, of the stage
         self.auxiliaries: list[tuple[Auxiliary, FlatAdamW]] = []
+        self.probe: Probe | None = None
         self.loaded: dict[str, Tensor] = {}
         if recipe.train.init is not None:
             self._start_from(recipe.train.init)
@@ -194,7 +196,7 @@ class Trainer:
     @property
     def result(self) -> str:
         """The role, or sum of roles, that lora.safetensors holds."""
-        return f"{PREVIOUS}+{EMA}" if self.recipe.stages[-1].is_separate else EMA
+        return _averaged(self.recipe.stages[-1])
 
     def _begin_stage(self) -> Method:
         """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
@@ -250,14 +252,16 @@ class Trainer:
     def _run_stage(self, interrupt: Interrupt) -> None:
         train, stage = self.recipe.train, self.recipe.stages[self.stage]
         method = self._begin_stage()
+        self._begin_looks(stage)
         self._build_optimizers(method)
-        self.guard.begin(self.stage, getattr(method, "monitors", ()))
+        monitors = [Health(alarms(stage), stage.name)] if self.probe is not None else []
+        self.guard.begin(self.stage, [*getattr(method, "monitors", ()), *monitors])
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
             self.warm = min(1.0, (self.step + 1) / max(1, train.warmup))
             measured, norm = self._optimizer_step(method)
-            measures = getattr(method, "measures", {}) | self._auxiliary_steps()
+            measures = getattr(method, "measures", {}) | self._auxiliary_steps() | self._look(stage)
             self.log.add(self.stage, stage.name, self.step, measured, norm, started, measures)
             self.step += 1
             stop = interrupt.requested and self.step < stage.iterations
@@ -303,6 +307,30 @@ class Trainer:
             _require_grad(auxiliary.parameters, False)
             _require_grad(self.parameters, True)
         return losses
+
+    def _begin_looks(self, stage: BaseStage) -> None:
+        """The probe, with what the stage begins with; in the middle of a stage that is in the checkpoint."""
+        train = self.recipe.train
+        self.probe = None
+        if train.watch_every == 0:
+            return
+        metadata = METHODS[type(stage)].metadata(stage, self.process)
+        self.probe = Probe(
+            self.backbone, self.process, self.dataset, self.uncond, metadata,
+            seed=train.seed, batch_size=train.batch_size, device=self.device,
+        )  # fmt: skip
+        if self.step == 0:
+            self.probe.begin(_averaged(stage))
+        else:
+            kept = {name: tensor for name, tensor in self.loaded.items() if name.startswith("probe/")}
+            self.probe.start = {name.removeprefix("probe/"): tensor.to(self.device) for name, tensor in kept.items()}
+
+    def _look(self, stage: BaseStage) -> dict[str, Tensor]:
+        """What the probe says after this step, if it is asked."""
+        done, every = self.step + 1, self.recipe.train.watch_every
+        if self.probe is None or (done % every and done != stage.iterations):
+            return {}
+        return self.probe.look(_averaged(stage))
 
     def _rate(self, own: float | None) -> float:
         stage = self.recipe.stages[self.stage]
@@ -351,6 +379,7 @@ class Trainer:
         groups: dict[str, Mapping[str, Tensor]] = {role: self.backbone.role_parameters(role) for role in self._roles()}
         if self.step > 0:
             groups["optimizer"] = self.optimizer.state_dict()
+            groups["probe"] = self.probe.start if self.probe is not None else {}
             for auxiliary, optimizer in self.auxiliaries:
                 groups[auxiliary.name] = auxiliary.parameters
                 groups[f"optimizer.{auxiliary.name}"] = optimizer.state_dict()
@@ -409,6 +438,11 @@ class Trainer:
             files["lora"] = self.result
         for name, role in files.items():
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
+
+
+def _averaged(stage: BaseStage) -> str:
+    """The role, or sum of roles, that a stage's weights are sampled with."""
+    return f"{PREVIOUS}+{EMA}" if stage.is_separate else EMA
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def test_noise_and_a_common_fall_are_no_over_optimisation() -> None:
 def recipe(train: dict[str, Any], *before: dict[str, Any], **options: Any) -> Any:
     terms = [{"kind": "brightness", "threshold": 5.0}, {"kind": "darkness", "weight": 0.0}]
     feedback = {"method": "feedback", "iterations": 4, "rollout": [1, 2], "rewards": terms, "anchor": 0.01} | options
-    base = {"batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3}
+    base = {"batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3, "watch_every": 0}
     return parse_recipe({"train": base | train, "lora": {"rank": 4, "alpha": 2.0}, "stages": [*before, feedback]})
 
 
@@ -294,14 +294,18 @@ def test_the_picture_grows_brighter_and_the_watched_opposite_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A real network and decoder; darkness is watched and is the opposite of what is optimised."""
-    r = recipe({"learning_rate": 3e-3, "batch_size": 4}, TSCD, iterations=25, anchor=0.0, check_every=5)
+    train = {"learning_rate": 3e-3, "batch_size": 4, "watch_every": 5}
+    r = recipe(train, TSCD, iterations=25, anchor=0.0, check_every=5, max_drift=1.0)
     with caplog.at_level(logging.WARNING, logger="hypersd"):
         run(r, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][3:]
     blocks = np.reshape([row["measures"]["brightness"] for row in rows], (5, 5)).mean(1)
     assert (np.diff(blocks) > 0).all() and blocks[-1] - blocks[0] > 0.008
     messages = [row["warning"] for row in rows if "warning" in row]
-    assert len(messages) == 1 and "independent darkness falls" in messages[0]
+    assert len(messages) == 2 and "independent darkness falls" in messages[0]
+    drift = [row["measures"]["drift"] for row in rows if "drift" in row["measures"]]
+    assert drift[0] < 0.01 and drift == sorted(drift) and drift[-1] > 1.0
+    assert "the samples leave what the model was trained on" in messages[1]
     assert messages == [record.getMessage() for record in caplog.records if record.name == "hypersd"]
 
 

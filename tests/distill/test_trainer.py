@@ -29,7 +29,7 @@ from tests.distill import toy
 
 def recipe(*segments: int, iterations: int = 4, train: dict[str, Any] | None = None, **options: Any) -> Recipe:
     stages = [{"method": "tscd", "segments": k, "iterations": iterations} | options for k in segments]
-    base = {"batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3}
+    base = {"batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3, "watch_every": 0}
     return parse_recipe({"train": base | (train or {}), "lora": {"rank": 4, "alpha": 4.0}, "stages": stages})
 
 
