@@ -6,7 +6,6 @@ numbers, and a resumed run on the CPU ends with the bits of an unbroken one.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -215,10 +214,15 @@ class Trainer:
                 self._add_student()
         if self.step == 0:
             self._change_roles(stage.roles)
-        decode = None if self.components.network is None else functools.partial(decode_latents, self.components)
+        decode = None if self.components.network is None else self._decode
         context = Context(self.backbone, self.process, self.uncond, previous, decode, self.rewards, self.structure)
         with _seeded(self.recipe.train.seed + self.stage):
             return METHODS[type(stage)](stage, context)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures for the rewards. Where the network runs in 16 bit so do the decoder's layers."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.dtype == "bfloat16"):
+            return decode_latents(self.components, latents).float()
 
     def _change_roles(self, roles: tuple[str, ...]) -> None:
         for role in self.own_roles:

@@ -70,7 +70,7 @@ def train(tmp_path: Any, iterations: int, **options: Any) -> Gaussian:
     data = LatentDataset([{"latents": MEAN + SPREAD * torch.randn(512, 16, generator=g)}], [""] * 512, {})
     one = {"method": "dmd", "iterations": iterations, "real_score": "base", "guidance_scale": [1.0, 1.0]}
     one |= {"anchor": [0.0, 0.0], "consistency": 0.0}
-    recipe = {"train": {"batch_size": 64, "learning_rate": 0.02}, "stages": [one | options]}
+    recipe = {"train": {"batch_size": 64, "learning_rate": 0.02, "watch_every": 0}, "stages": [one | options]}
     return Trainer(parse_recipe(recipe), toy.COMPONENTS, data, tmp_path, backbone=Gaussian()).run()
 
 
