@@ -1,26 +1,32 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from rich.console import Console
 
-from hypersd.distill.recipe import load_recipe
+from hypersd.distill.recipe import parse_recipe
 from hypersd.models.backbone import Backbone
 from hypersd.models.encoder_critic import EncoderCritic
 from hypersd.plan import plan, show
 from hypersd.resolve import load_model
 
 
+def planned(*stages: dict[str, Any]) -> dict[str, Any]:
+    return plan(parse_recipe({"stages": [{"iterations": 1} | stage for stage in stages]}))
+
+
 def test_memory_counts_every_adapter_and_the_copy_of_the_encoder() -> None:
-    quick, unified = plan(load_recipe("emoji-quick")), plan(load_recipe("emoji-unified"))
+    first, second = {"method": "tscd", "segments": 8}, {"method": "tscd", "segments": 4, "teacher": "previous_stage"}
+    ladder, dmd = planned(first, second), planned(first, {"method": "dmd", "real_score": "base"})
     # student, EMA, the stage before; gradient and two moments
-    assert quick["adapter_bytes"] == quick["lora_parameters"] * 4 * (3 + 3) and quick["critic_bytes"] == 0
+    assert ladder["adapter_bytes"] == ladder["lora_parameters"] * 4 * (3 + 3) and ladder["critic_bytes"] == 0
     # student, EMA, fake score, start; two that are trained
-    assert unified["adapter_bytes"] == unified["lora_parameters"] * 4 * (4 + 6)
-    assert [stage["teacher"] for stage in quick["stages"]] == ["base"] + ["previous_stage"] * 3
-    assert {stage["teacher"] for stage in unified["stages"]} == {"base"}
+    assert dmd["adapter_bytes"] == dmd["lora_parameters"] * 4 * (4 + 6)
+    assert [stage["teacher"] for stage in ladder["stages"]] == ["base", "previous_stage"]
+    assert [stage["teacher"] for stage in dmd["stages"]] == ["base", "base"]
     critic = EncoderCritic(Backbone(load_model("embedded", "cpu").network, roles=())).network
-    found = plan(load_recipe("emoji-quick", ["stages.3.critic=encoder", "stages.3.staged_weights=true"]))
+    found = planned(first, second | {"critic": "encoder", "staged_weights": True})
     assert found["critic_bytes"] == 16 * sum(p.numel() for p in critic.parameters())
     console = Console(file=io.StringIO(), width=200)
     show(found, console)
