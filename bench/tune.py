@@ -1,6 +1,6 @@
 """Measures the parts of lora_linear and lora_conv2d and writes the cost tables that choose among their forms.
 
-    python -m bench.tune [lora_linear | lora_conv2d ...] [--dtype float32 ...] [--seconds 0.2]
+    python -m bench.tune [lora_linear | lora_conv2d ...] [--dtype float32 ...] [--seconds 0.2] [--forward]
 
 One row a shape (the operator's cases of the embedded model and of SD1.5, and every layer of an SD1.5 UNet) and dtype:
 microseconds of each part, the least of interleaved repetitions (other work on the machine only ever adds time). Rows of
@@ -26,6 +26,7 @@ from hypersd.kernels._tune import CONFIGS
 from .environment import environment
 
 FORMS = ("split", "accumulate", "fold")
+FORWARD = (*FORMS, "rows", "rows_fold", "shrink")
 
 # (tokens, in, out) and (input size, in, out, kernel, stride) of an SD1.5 UNet's layers
 LINEAR = (
@@ -93,6 +94,8 @@ def parts(op: str, inputs: dict) -> tuple[dict[str, int], dict[str, Callable[[],
         x, weight, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, dy))
     if _lora_rows.takes(x, weight, a, backward=False):
         made["rows"] = lambda: _lora_rows.forward(x, weight, bias, *inputs_ab, scale, *steps, True)
+        if x.dtype == torch.float32:
+            made["rows_fold"] = lambda: _lora_rows.forward(x, weight, bias, *inputs_ab, scale, *steps, False, True)
     if _lora_rows.takes(x, weight, a):
         kept = made["rows"]()[1]
         for name, needs in {"rows_dx": (True, False), "rows_grad": (False, True), "rows_both": (True, True)}.items():
@@ -106,7 +109,7 @@ def measure(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
     for function in functions.values():
         function()
     stop, rounds = time.perf_counter() + seconds * len(functions), 0
-    while rounds < 6 or time.perf_counter() < stop:
+    while rounds < 5 or time.perf_counter() < stop:
         rounds += 1
         for name, function in functions.items():
             start = time.perf_counter_ns()
@@ -115,8 +118,8 @@ def measure(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
     return {name: round(value, 1) for name, value in best.items()}
 
 
-def tune(op: str, dtypes: list[str], seconds: float) -> Path:
-    """Write configs/cpu/<op>.json."""
+def tune(op: str, dtypes: list[str], seconds: float, forward: bool = False) -> Path:
+    """Write configs/cpu/<op>.json; with `forward` only those parts anew, beside a row's others."""
     path = CONFIGS / "cpu" / f"{op}.json"
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [row for row in old if row["dtype"] not in dtypes]
@@ -127,7 +130,11 @@ def tune(op: str, dtypes: list[str], seconds: float) -> Path:
                 sizes, functions = parts(op, case.inputs(getattr(torch, name)))
                 if any(row["dtype"] == name and row["sizes"] == sizes for row in rows):
                     continue  # the same case in another memory format: the forms compare alike
-                row = {"dtype": name, "sizes": sizes, "us": measure(functions, seconds)}
+                row = {"dtype": name, "sizes": sizes, "us": {}}
+                if forward:
+                    row = next((r for r in old if r["dtype"] == name and r["sizes"] == sizes), row)
+                    functions = {part: function for part, function in functions.items() if part in FORWARD}
+                row["us"] = row["us"] | measure(functions, seconds)
             rows.append(row)
             print(op, name, case.name, " ".join(f"{k}={v:.0f}" for k, v in row["us"].items()), flush=True)
     provenance = "measured on {cpu}, {threads} threads, torch {torch}, {date}".format(**stamp)
@@ -141,9 +148,10 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", default=[])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=0.2)
+    parser.add_argument("--forward", action="store_true", help="the parts of the forward alone")
     args = parser.parse_args()
     for op in args.ops or ["lora_linear", "lora_conv2d"]:
-        print(tune(op, args.dtype, args.seconds))
+        print(tune(op, args.dtype, args.seconds, args.forward))
 
 
 if __name__ == "__main__":

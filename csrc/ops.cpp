@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
   m.def("_native_hash() -> int");          // fingerprint of the sources this was built from
   m.def("_lora_rows_dtypes() -> int");     // see lora_rows_dtypes
   m.def("_lora_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, int sh, int sw, int ph, "
-        "int pw, bool keep) -> (Tensor, Tensor)");
+        "int pw, bool keep, bool fold) -> (Tensor, Tensor)");
   m.def("_lora_rows_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float scale, int sh, "
         "int sw, int ph, int pw, bool need_x, bool need_adapter) -> (Tensor, Tensor, Tensor)");
 }

@@ -39,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x,
 
 int64_t lora_rows_dtypes();
 std::tuple<Tensor, Tensor> lora_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor b,
-                                     double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw, bool keep);
+                                     double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw, bool keep,
+                                     bool fold);
 std::tuple<Tensor, Tensor, Tensor> lora_rows_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b,
                                                       double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
                                                       bool need_x, bool need_adapter);

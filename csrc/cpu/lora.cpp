@@ -118,49 +118,86 @@ void widen_bias(const std::optional<Tensor>& bias, int64_t count, float* out) {
     out[i] = bits_to_float(converted<Float32>(from[i * view.stride[0]]));
 }
 
+// Packs W + scale b a, all float32: the update joins each panel while the cache still has it.
+void pack_folded(const Shape& s, const View& w, const View& a, const View& b, float scale, int32_t* packed) {
+  const int64_t taps = s.taps(), panels = (s.out + kPanel - 1) / kPanel;
+  const Matrix expand{b.data, b.type, b.stride[1], b.stride[0], s.rank};
+  const auto run = [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> right(s.rank * kPanel);
+    std::vector<const char*> left(s.in);
+    std::vector<char*> out(s.in);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t tap = task % taps, column = task / taps * kPanel;
+      const int64_t count = s.out - column < kPanel ? s.out - column : kPanel, width = padded(count);
+      const Matrix update = tap_of(a, s, tap, false);
+      int32_t* const panel = packed + taps * s.in * column + tap * s.in * width;
+      pack_panel<Float32, float>(tap_of(w, s, tap, false), column, count, panel);
+      pack_panel<Float32, float>(expand, column, count, right.data());
+      for (int64_t i = 0; i < s.rank * width; ++i)
+        right[i] = static_cast<int32_t>(float_to_bits(scale * bits_to_float(static_cast<uint32_t>(right[i]))));
+      for (int64_t k = 0; k < s.in; ++k) {
+        left[k] = update.data + 4 * k * update.inner_stride;
+        out[k] = reinterpret_cast<char*>(panel + k * width);
+      }
+      const Segment segment{left.data(), s.rank, 4 * update.column_stride};
+      multiply<Float32>(&segment, 1, s.in, nullptr, right.data(), width, nullptr, out.data(), 1.0f, true);
+    }
+  };
+  if (s.in * s.rank * s.out * taps > 1000000) torch::stable::parallel_for(0, panels * taps, 1, run);
+  else run(0, panels * taps);
+}
+
+// With `fold` (float32 alone, nothing kept) there is no S: the weight is folded as it is packed.
 template <class E>
 void forward(const Shape& s, const View& x, const View& w, const std::optional<Tensor>& bias, const View& a,
-             const View& b, float scale, char* y, char* kept) {
+             const View& b, float scale, char* y, char* kept, bool fold) {
   constexpr int64_t item = sizeof(typename E::Element);
-  const int64_t taps = s.taps(), rows = s.results();
-  std::vector<Matrix> narrow, wide{{b.data, b.type, b.stride[1], b.stride[0], s.rank}};
+  const int64_t taps = s.taps(), rows = s.results(), parts = fold ? taps : taps + 1;
+  std::vector<Matrix> narrow, wide;
+  if (!fold) wide.push_back({b.data, b.type, b.stride[1], b.stride[0], s.rank});
   for (int64_t t = 0; t < taps; ++t) {
     narrow.push_back(tap_of(a, s, t, false));
     wide.push_back(tap_of(w, s, t, false));
   }
-  const int64_t narrow_size = packed_size<E>(narrow.data(), taps, s.rank);
-  const int64_t wide_size = packed_size<E>(wide.data(), taps + 1, s.out);
+  const int64_t narrow_size = fold ? 0 : packed_size<E>(narrow.data(), taps, s.rank);
+  const int64_t wide_size = packed_size<E>(wide.data(), parts, s.out);
   Scratch scratch(Scratch::room<int32_t>(narrow_size) + Scratch::room<int32_t>(wide_size) +
                   Scratch::room<float>(padded(s.out)));
   int32_t* const packed_a = scratch.take<int32_t>(narrow_size);
   int32_t* const packed_w = scratch.take<int32_t>(wide_size);
   float* const start = scratch.take<float>(padded(s.out));
-  pack<E>(narrow.data(), taps, s.rank, packed_a);
-  pack<E>(wide.data(), taps + 1, s.out, packed_w);
+  if (fold) {
+    pack_folded(s, w, a, b, scale, packed_w);
+  } else {
+    pack<E>(narrow.data(), taps, s.rank, packed_a);
+    pack<E>(wide.data(), parts, s.out, packed_w);
+  }
   widen_bias<E>(bias, s.out, start);
   const char* const zero = zeros(s.in * item);
-  const int64_t units = units_of<E>(narrow[0]), narrow_units = units_of<E>(wide[0]);
+  const int64_t units = units_of<E>(narrow[0]), narrow_units = units_of<E>(wide[0]), first_tap = parts - taps;
 
   over_blocks(rows, 2 * (taps * s.in + s.rank) * s.out, [&](int64_t first, int64_t count) {
     std::vector<const char*> gathered(taps * kBlock);
-    std::vector<Segment> segments(taps + 1);
+    std::vector<Segment> segments(parts);
     char* narrow_rows[kBlock];
     char* out[kBlock];
-    std::vector<char> local(kept ? 0 : kBlock * s.rank * item);
+    std::vector<char> local(kept || fold ? 0 : kBlock * s.rank * item);
     for (int64_t i = 0; i < count; ++i) {
       out[i] = y + (first + i) * s.out * item;
-      narrow_rows[i] = kept ? kept + (first + i) * s.rank * item : local.data() + i * s.rank * item;
+      if (!fold) narrow_rows[i] = kept ? kept + (first + i) * s.rank * item : local.data() + i * s.rank * item;
     }
     for (int64_t t = 0; t < taps; ++t) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t from = s.source(first + i, t);
         gathered[t * kBlock + i] = from < 0 ? zero : x.data + from * s.in * item;
       }
-      segments[t + 1] = {gathered.data() + t * kBlock, units, 4};
+      segments[first_tap + t] = {gathered.data() + t * kBlock, units, 4};
     }
-    segments[0] = {narrow_rows, narrow_units, 4};
-    multiply<E>(segments.data() + 1, taps, count, zero, packed_a, s.rank, nullptr, narrow_rows, scale);
-    multiply<E>(segments.data(), taps + 1, count, zero, packed_w, s.out, start, out, 1.0f);
+    if (!fold) {
+      segments[0] = {narrow_rows, narrow_units, 4};
+      multiply<E>(segments.data() + 1, taps, count, zero, packed_a, s.rank, nullptr, narrow_rows, scale);
+    }
+    multiply<E>(segments.data(), parts, count, zero, packed_w, s.out, start, out, 1.0f);
   });
 }
 
@@ -382,16 +419,18 @@ int64_t lora_rows_dtypes() {
 }
 
 std::tuple<Tensor, Tensor> lora_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor b,
-                                     double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw, bool keep) {
+                                     double scale, int64_t sh, int64_t sw, int64_t ph, int64_t pw, bool keep,
+                                     bool fold) {
 #if HYPERSD_PRODUCTS
   const View in(x), w(weight), va(a), vb(b);
+  STD_TORCH_CHECK(!fold || (!keep && in.type == Type::float32), "lora_rows: only float32 folds, and keeps nothing");
   const Shape s = shape_of(in, w, va.size[0], sh, sw, ph, pw);
   Tensor y = w.dim == 4 ? made_like_rows(in, s.out, s.out_h, s.out_w) : made_like_rows(in, s.out, -1, -1);
   Tensor kept = keep ? made_rows(s.results(), s.rank, in.type) : nothing(in.type);
   char* const kept_data = keep ? data_of(kept) : nullptr;
   const float factor = static_cast<float>(scale);
-  if (in.type == Type::float32) forward<Float32>(s, in, w, bias, va, vb, factor, data_of(y), kept_data);
-  else forward<BFloat16>(s, in, w, bias, va, vb, factor, data_of(y), kept_data);
+  if (in.type == Type::float32) forward<Float32>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, fold);
+  else forward<BFloat16>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, false);
   return {y, kept};
 #else
   STD_TORCH_CHECK(false, "lora_rows: this build has no kernel for this processor");

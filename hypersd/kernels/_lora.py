@@ -5,6 +5,7 @@ Both are y = W x + bias + scale b (a x). With M output positions, K inputs to ea
  accumulate   the base product first, then the update onto it
  fold         W' = W + scale b a in scratch, then one product: N K r work a call, where the others pay M r (K + N)
  rows         the C++ product of _lora_rows.py, where the CPU has it: split in one pass; also all of backward
+ rows_fold    the same product, W' made as the weight is packed for it; y alone
  thin, full   dA and dB through dS and S, both M x r, or through G = dY^T X, the gradient that W would have had
 """
 
@@ -25,6 +26,7 @@ from hypersd.kernels._rows import check_real
 from hypersd.kernels._tune import CONFIGS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+NATIVE = ("rows", "rows_fold")
 MAX_DISTANCE = 2.0  # powers of two, summed over M, K, N, r: a measured row farther away than this is not used
 
 # Rough rates for shapes that no row is near: FLOP/s, bytes/s, seconds per product.
@@ -64,6 +66,7 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
         "thin": product(r, k, m) + product(n, r, m),
         "full": product(n, k, m) + product(r, k, n) + product(n, r, k),
         "rows": product(m, r, k) + product(m, n, k + r),
+        "rows_fold": product(n, k, r) + product(m, n, k),
         "rows_dx": product(m, r, n) + product(m, k, n + r),
         "rows_grad": product(m, r, n) + product(r, k, m) + product(n, r, m),
         "rows_both": product(m, r, n) + product(m, k, n + r) + product(r, k, m) + product(n, r, m),
@@ -108,7 +111,9 @@ def forward_form(
     if dtype in SIXTEEN_BIT:
         return "rows" if native else "split"
     us, _ = _microseconds(op, m, k, n, r, dtype, device)
-    forms = ("split", "accumulate", "fold", "rows") if native else ("split", "accumulate", "fold")
+    forms = ["split", "accumulate", "fold"]
+    if native:
+        forms += ["rows"] if keep else ["rows", "rows_fold"]
     return min(forms, key=lambda form: _forward_us(us, form, keep))
 
 

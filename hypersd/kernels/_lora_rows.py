@@ -1,8 +1,9 @@
-"""The form "rows" of lora_linear and lora_conv2d: one C++ product over rows of channels (csrc/cpu/lora.cpp), on CPUs
-with AVX-512.
+"""The forms "rows" and "rows_fold" of lora_linear and lora_conv2d: one C++ product over rows of channels
+(csrc/cpu/lora.cpp), on CPUs with AVX-512.
 
-Base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
+rows: base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
 S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
+rows_fold (y alone, float32): scale b a joins W as W is packed for the product, and no W' is ever written to memory.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-    stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], keep: bool,
+    stride: list[int] | tuple[int, int], padding: list[int] | tuple[int, int], keep: bool, fold: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, S (positions, r) or, without `keep`, nothing); S carries the scale."""
+    """(y, S (positions, r) or, without `keep`, nothing); S carries the scale. `fold`: packs W', keeps nothing."""
     rows = x.contiguous() if weight.dim() == 2 else _rows(x)
-    return torch.ops.hypersd._lora_rows.default(rows, weight, bias, a, b, scale, *stride, *padding, keep)
+    return torch.ops.hypersd._lora_rows.default(rows, weight, bias, a, b, scale, *stride, *padding, keep, fold)
 
 
 def backward(

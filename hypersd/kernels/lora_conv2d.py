@@ -203,8 +203,8 @@ def _forms(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scale, scale_tensor = _lora.on_host(scale, scale_tensor)
     form = _form(x, weight, a, stride, padding, keep)
-    if form == "rows":
-        y, narrow = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep)
+    if form in _lora.NATIVE:
+        y, narrow = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep, form == "rows_fold")
         return y, narrow.view(y.shape[0], *y.shape[2:], a.shape[0]).permute(0, 3, 1, 2) if keep else narrow
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
     y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
@@ -335,7 +335,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     plan=_public_plan,
-    native=lambda **inputs: _public_plan(**inputs).forward == "rows",
+    native=lambda **inputs: _public_plan(**inputs).forward in _lora.NATIVE,
 )
 
 for _op in (OP, BACKWARD):

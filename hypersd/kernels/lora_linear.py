@@ -127,8 +127,8 @@ def _forms(
     n, k = weight.shape
     rows = x.reshape(-1, k)
     form = _form(x, weight, a, keep)
-    if form == "rows":
-        return _lora_rows.forward(x, weight, bias, a, b, scale, (1, 1), (0, 0), keep)
+    if form in _lora.NATIVE:
+        return _lora_rows.forward(x, weight, bias, a, b, scale, (1, 1), (0, 0), keep, form == "rows_fold")
     if scale_tensor is not None:
         b, scale = _lora.scaled(b, scale, scale_tensor), 1.0
     s = _lora.product(rows, a.t(), scale) if keep or form != "fold" else None
@@ -299,7 +299,7 @@ OP = Op(
     config=_triton_config,
     plan=_public_plan,
     aten=_aten,
-    native=lambda **inputs: _public_plan(**inputs).forward == "rows",
+    native=lambda **inputs: _public_plan(**inputs).forward in _lora.NATIVE,
     programs=_lora_gemm.programs,
 )
 

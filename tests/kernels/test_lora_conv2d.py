@@ -96,6 +96,21 @@ def test_no_adapter_is_the_base_layer(take, form, layout):
     assert torch.equal(y, F.conv2d(x, inputs["weight"], inputs["bias"], 1, 1))
 
 
+@pytest.mark.parametrize(("stride", "kernel", "n"), [(1, 3, 8), (2, 3, 70), (1, 1, 130)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
+def test_a_weight_folded_while_it_is_packed(stride, kernel, n, layout, monkeypatch):
+    if torch.float32 not in _lora_rows._native.lora_dtypes():
+        pytest.skip("this CPU has no such kernel")
+    exact = layer(3, 11, k=20, n=n, kernel=kernel, r=5)
+    inputs = {name: t.float() for name, t in exact.items()} | {"x": exact["x"].float().contiguous(memory_format=LAST)}
+    inputs |= {name: inputs[name].contiguous(memory_format=layout) for name in ("weight", "a")}
+    monkeypatch.setattr(_lora, "forward_form", lambda *args: "rows_fold")
+    y = lora_conv2d(**inputs, scale=0.7, stride=stride, padding=kernel // 2)
+    with use("reference"):
+        truth = lora_conv2d(**exact, scale=0.7, stride=stride, padding=kernel // 2)
+    assert y.is_contiguous(memory_format=LAST) and float((y - truth).norm() / truth.norm()) < 5e-7
+
+
 @pytest.mark.usefixtures("device")
 def test_a_1x1_kernel_is_the_linear_layer():
     inputs = layer(kernel=1)

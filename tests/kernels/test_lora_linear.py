@@ -194,14 +194,20 @@ def test_a_float32_adapter_is_not_rounded_on_the_way():
 @pytest.mark.parametrize("rank", [4, 33, 130])
 @pytest.mark.parametrize("rows", [1, 5, 97, 700])
 @pytest.mark.parametrize("k", [18, 300])
-def test_any_size_fills_whole_tiles(rows, k, rank):
-    """Rows, columns, ranks and sums around the sizes of tiles, panels and blocks, forward and backward."""
+def test_any_size_fills_whole_tiles(rows, k, rank, monkeypatch):
+    """Rows, columns, ranks and sums around the sizes of tiles, panels and blocks; forward (folded too), backward."""
     if torch.float32 not in _lora_rows._native.lora_dtypes():
         pytest.skip("this CPU has no such kernel")
     inputs = layer(rows, k=k, n=70, r=rank, dtype=torch.float32)
     wide = {name: t.double() for name, t in inputs.items()}
     for found, exact in zip(gradients(inputs), gradients(wide), strict=True):
         assert float((found - exact).norm() / exact.norm()) < 5e-7
+    monkeypatch.setattr(_lora, "forward_form", lambda *args: "rows_fold")
+    with torch.no_grad():
+        found = lora_linear(**inputs, scale=torch.tensor(0.7))
+        exact = op_file.reference(*wide.values(), 0.7, None)
+        assert "y by rows_fold" in str(explain(lora_linear, **inputs, scale=0.7))
+    assert float((found - exact).norm() / exact.norm()) < 5e-7
 
 
 def test_autocast_computes_in_its_dtype():
