@@ -114,6 +114,8 @@ def forward_form(
     forms = ["split", "accumulate", "fold"]
     if native:
         forms += ["rows"] if keep else ["rows", "rows_fold"]
+    if "rows" in us and "rows_fold" not in us:  # the same kernel at the same rate, other arithmetic
+        us = us | {"rows_fold": us["rows"] * (m * k * n + n * k * r) / max(m * k * n + m * r * (k + n), 1)}
     return min(forms, key=lambda form: _forward_us(us, form, keep))
 
 
