@@ -353,17 +353,18 @@ class OneLayer(torch.nn.Module):
 
 
 def test_torch_compile_sees_the_role():
-    """One graph without breaks per role, and no graph is used for another role."""
+    """One graph without breaks per role, and no graph is used for another role. (A compiled call may take
+    another form of the layer: it keeps nothing for backward.)"""
     torch.manual_seed(0)
     backbone = two_roles(OneLayer())
     x, t = torch.randn(3, 6), torch.tensor(2.0)
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)
     for role in ("base", "student", "ema", "student", "base"):
-        assert torch.equal(compiled(x, t, {}, role=role), backbone(x, t, {}, role=role))
+        torch.testing.assert_close(compiled(x, t, {}, role=role), backbone(x, t, {}, role=role))
     inner = torch.compile(backbone.network, backend="eager", fullgraph=True)
     for role in ("base", "student", "ema", "base"):
         with lora_module.use_role(role):
-            assert torch.equal(inner(x, t)[0], backbone(x, t, {}, role=role))
+            torch.testing.assert_close(inner(x, t)[0], backbone(x, t, {}, role=role))
 
 
 def test_threads_do_not_share_a_role():
