@@ -29,8 +29,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     encoder = _encoder(network)  # before adapters are put into it
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
-    roles = 2 + any(stage.needs_previous and (i > 0 or stage.improves) for i, stage in enumerate(recipe.stages))
-    roles += max(len(stage.roles) for stage in recipe.stages)
+    # student and EMA, and what each stage needs beside them; gradient and two Adam moments of what it trains
+    held = [
+        2 + (stage.needs_previous and (i > 0 or stage.improves)) + len(stage.roles) + 3 + 3 * ("fake" in stage.roles)
+        for i, stage in enumerate(recipe.stages)
+    ]
     pictures = recipe.data.count
     if recipe.data.kind == "folder":
         pictures = len(pairs(recipe.data.path or "", recipe.data.captions))
@@ -43,8 +46,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "base_bytes": base * BYTES[recipe.train.dtype] + counts["vae"] * 4,
         # in memory only until the captions are encoded
         "text_bytes": sum(count * 4 for name, count in counts.items() if name.startswith("text_encoder")),
-        # adapters of every role; gradient and two Adam moments of the student and of a fake score: all fp32
-        "adapter_bytes": lora * 4 * (roles + 3 + 3 * any("fake" in stage.roles for stage in recipe.stages)),
+        "adapter_bytes": lora * 4 * max(held),  # fp32
         # a trained copy of the encoder with the same
         "critic_bytes": encoder * 4 * 4 * any(stage.copies_encoder for stage in recipe.stages),
         "stages": [

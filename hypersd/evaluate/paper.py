@@ -22,10 +22,11 @@ from hypersd.sampling.timesteps import trailing
 TEACHER, UNDISTILLED = "teacher", "undistilled"
 GUIDANCE, TEACHER_STEPS = 2.5, 25
 STEPS = (1, 2, 4, 8)
-BASE = "emoji-full"  # model, data, adapter and optimizer of every variant
+BASE = "emoji-full"  # the complete recipe; its model, data, adapter and optimizer are every variant's
+PARTS = ("tscd", "dmd", "feedback")
 TABLES = {
     "2": "Every method at 1, 2, 4 and 8 steps",
-    "3": "TCD and TSCD",
+    "3": "TCD and TSCD, with and without feedback",
     "4": "One LoRA for every number of steps",
     "5": "Score distillation: alone, after TCD, after TSCD",
     "teacher": "TSCD: who teaches the later stages",
@@ -121,21 +122,30 @@ def dmd2(steps: int) -> Variant:
 
 
 def unified() -> list[Variant]:
-    """The recipe emoji-unified; its score distillation from the base model and after TCD; the shares are its own."""
-    recipe = load_recipe("emoji-unified")
+    """The complete recipe, emoji-full, and its parts: score distillation from the base model, after TCD and after TSCD,
+    feedback after TCD and after TSCD. The shares of the budget are the recipe's own."""
+    recipe = load_recipe(BASE)
     stages = [stage.model_dump(mode="json", exclude_unset=True, exclude={"iterations"}) for stage in recipe.stages]
-    costs = np.array([stage.iterations * stage.network_evaluations for stage in recipe.stages])
-    shares = tuple((costs / costs.sum()).tolist())
-    first = next(i for i, stage in enumerate(stages) if stage["method"] != "tscd")
-    after_tcd = ({"method": "tcd"}, *stages[first:])
+    costs = [stage.iterations * stage.network_evaluations for stage in recipe.stages]
+    cost = {method: sum(c for c, s in zip(costs, stages, strict=True) if s["method"] == method) for method in PARTS}
+    tscd, dmd, feedback = (tuple(s for s in stages if s["method"] == method) for method in PARTS)
+    tcd = ({"method": "tcd"},)
+
+    def variant(tables: tuple[str, ...], method: str, name: str, *parts: tuple[dict[str, Any], ...]) -> Variant:
+        made = tuple(stage for part in parts for stage in part)
+        each = [c for c, s in zip(costs, stages, strict=True) if s in made]
+        each = [cost["tscd"]] * (len(made) - len(each)) + each  # TCD in the place of TSCD
+        return Variant(tables, method, name, made, shares=tuple(c / sum(each) for c in each))
+
     # from the base model nothing keeps other step counts, and there is no beginning worth an anchor
-    alone = next(stage for stage in stages if stage["method"] == "dmd") | {"real_score": "base", "fake_updates": 2}
-    rate = recipe.train.learning_rate
-    alone |= {"anchor": [0.0, 0.0], "consistency": 0.0, "learning_rate": rate, "fake_learning_rate": rate}
+    alone = dmd[0] | {"anchor": [0.0, 0.0], "consistency": 0.0}
     return [
-        Variant(("2", "4", "5"), "unified", "", tuple(stages), shares=shares),
+        variant(("2", "4"), "unified", "", tscd, dmd, feedback),
         Variant(("5",), "unified", "DMD", (alone,), (1,)),
-        Variant(("5",), "unified", "TCD+DMD", after_tcd, shares=(sum(shares[:first]), *shares[first:])),
+        variant(("5",), "unified", "TCD+DMD", tcd, dmd),
+        variant(("4", "5"), "unified", "TSCD+DMD", tscd, dmd),
+        variant(("3",), "tcd", "feedback", tcd, feedback),
+        variant(("3",), "tscd", "feedback", tscd, feedback),
     ]
 
 
@@ -163,7 +173,8 @@ def recipe_of(variant: Variant, budget: float, seed: int, overrides: Sequence[st
     document["train"]["seed"] = seed
     document["data"] |= dict(variant.data)
     batch = document["train"]["batch_size"] * document["train"]["accumulation"]
-    stages = [{"guidance_scale": [GUIDANCE, GUIDANCE], **stage, "iterations": 1} for stage in variant.stages]
+    guided = {"guidance_scale": [GUIDANCE, GUIDANCE]}  # where there is a teacher
+    stages = [({} if s["method"] == "feedback" else guided) | dict(s) | {"iterations": 1} for s in variant.stages]
     typed = parse_recipe(document | {"stages": stages}, variant.folder).stages
     shares = variant.shares or (1.0 / len(stages),) * len(stages)
     for stage, one, share in zip(stages, typed, shares, strict=True):

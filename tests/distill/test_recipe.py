@@ -18,7 +18,7 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    emoji = ["emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick", "emoji-unified"]
+    emoji = ["emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick"]
     assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
@@ -30,7 +30,7 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
             assert stage.name == "tscd-8" and stage.guidance_scale == (1.0, 1.0) and stage.sampling_guidance == 2.5
             assert 0.1 <= data.caption_dropout <= 0.2 and stage.teacher_passes == 1
             continue
-        after = {"emoji-unified": ["dmd"], "emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"]}.get(name, [])
+        after = {"emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"]}.get(name, [])
         assert [stage.name for stage in load_recipe(name).stages] == tscd + after
     for name in ("flux", "sd15", "sd3", "sdxl"):
         train = load_recipe(name).train

@@ -8,6 +8,7 @@ import pytest
 
 from hypersd import cli
 from hypersd.distill.recipe import load_recipe
+from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
 from hypersd.evaluate.paper import COLUMNS, TABLES, VARIANTS, Ledger, Variant, draw, evaluations_of, recipe_of, spread
 
@@ -26,7 +27,8 @@ def test_every_variant_spends_the_budget() -> None:
         # to within half a step of each stage
         step = max(stage.network_evaluations for stage in recipe.stages) * recipe.train.batch_size
         assert abs(evaluations_of(recipe) - 300_000) <= step / 2 * len(recipe.stages)
-        assert {stage.guidance_scale for stage in recipe.stages} == {(2.5, 2.5)}
+        taught = [stage for stage in recipe.stages if isinstance(stage, GuidedStage)]
+        assert {stage.guidance_scale for stage in taught} == {(2.5, 2.5)}
     lcm = recipe_of(next(v for v in VARIANTS if v.method == "lcm"), 300_000, 0)
     assert [stage.iterations for stage in lcm.stages] == [round(300_000 / (32 * 6))]  # 2 teacher, 1 target, 3 student
     halves = Variant(("2",), "lcm", "", ({"method": "lcm"}, {"method": "tcd"}), shares=(0.75, 0.25))
@@ -36,22 +38,28 @@ def test_every_variant_spends_the_budget() -> None:
 
 
 def test_the_unified_variant_is_the_shipped_recipe() -> None:
-    shipped = load_recipe("emoji-unified")
+    shipped = load_recipe("emoji-full")
     unified = next(v for v in VARIANTS if v.folder == "unified")
     costs = [stage.iterations * stage.network_evaluations for stage in shipped.stages]
     recipe = recipe_of(unified, 32 * sum(costs), 0)
     assert recipe.stages == shipped.stages
-    assert unified.tables == ("2", "4", "5") and unified.steps == (1, 2, 4, 8)
+    assert unified.tables == ("2", "4") and unified.steps == (1, 2, 4, 8)
     table5 = {(v.method, v.name): v for v in VARIANTS if "5" in v.tables}
     assert set(table5) == {
         ("tcd", ""),
         ("tscd", "8-4-2-1"),
-        ("unified", ""),
         ("unified", "DMD"),
         ("unified", "TCD+DMD"),
+        ("unified", "TSCD+DMD"),
     }
+    # TCD gets what TSCD gets, and what remains is shared out as in the recipe
+    tscd, dmd = sum(costs[:4]), costs[4]
+    assert table5["unified", "TCD+DMD"].shares == pytest.approx([tscd / (tscd + dmd), dmd / (tscd + dmd)])
+    assert recipe_of(table5["unified", "TSCD+DMD"], 32 * (tscd + dmd), 0).stages == shipped.stages[:5]
+    table3 = [recipe_of(v, 300_000, 0).stages for v in VARIANTS if v.tables == ("3",) and v.name == "feedback"]
+    assert [[s.method for s in stages] for stages in table3] == [["tcd", "feedback"], ["tscd"] * 4 + ["feedback"]]
     (alone,) = recipe_of(table5["unified", "DMD"], 300_000, 0).stages
-    assert alone.consistency == 0 and alone.real_score == "base" and alone.network_evaluations == 3 + 2 + 1 + 2 * 4
+    assert alone.consistency == 0 and alone.real_score == "base" and alone.adversarial_weight > 0 and alone.fake_updates == 2
 
 
 def test_lightning_halves_down_to_the_steps_that_are_judged() -> None:
@@ -140,7 +148,7 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.run([*arguments, "--set", "train.learning_rate=1e-5"]) == 1
     assert "was trained by another recipe" in capsys.readouterr().err
     assert cli.run(["evaluate", "paper", "lcn"]) == 2
-    assert "method 'lcn' is unknown; known: lcm, " in capsys.readouterr().err
+    assert "method 'lcn' is unknown; known: dmd2, " in capsys.readouterr().err
 
 
 @pytest.mark.slow
