@@ -57,8 +57,8 @@ def assemble(own: Path = FLOW, cache: Path | None = None) -> Path:
             for name in ("transformer", "scheduler", "vae", "tokenizer"):
                 shutil.copytree(parts[name], made / name)
             shutil.copytree(parts["tokenizer"], made / "tokenizer_2")
-            for name in ("text_encoder", "text_encoder_2"):
-                text_encoder().half().save_pretrained(made / name)
+            _write(text_encoder().half(), made / "text_encoder")
+            shutil.copytree(made / "text_encoder", made / "text_encoder_2")
             (made / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n", "utf-8")
             try:
                 made.rename(folder)
@@ -84,3 +84,13 @@ def text_encoder() -> Any:
     model.text_model.load_state_dict({key.removeprefix("text_model."): value for key, value in state.items()})
     torch.nn.init.eye_(model.text_projection.weight)
     return model.eval().requires_grad_(False)
+
+
+def _write(model: Any, folder: Path) -> None:
+    """model.save_pretrained without its progress bars."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    model.config.architectures = [type(model).__name__]
+    model.config.to_json_file(folder / "config.json")
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
