@@ -54,7 +54,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def model_folder(path: str) -> Path:
-    """The folder of a model; "embedded" comes with the package, "embedded-flow" its flow-matching twin, once trained."""
+    """The folder of a model; "embedded" comes with the package, "embedded-flow" is its twin, once trained."""
     if not is_embedded(path):
         return Path(path)
     from hypersd import emoji
