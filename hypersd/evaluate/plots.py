@@ -158,7 +158,8 @@ def _losses(axes: Any, losses: Sequence[Mapping[str, Any]], theme: Theme) -> Non
     axes.set_title("training loss by stage (each stage has its own scale)", loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("optimizer step")
     axes.margins(x=0.01)
-    axes.legend(ncols=max(len(stages), 1), loc="upper right")
+    # beside the title, where no stage can run into it
+    axes.legend(ncols=max(len(stages), 1), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _quality(axes: Any, metrics: Mapping[str, Any], name: str, theme: Theme) -> None:
