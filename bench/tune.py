@@ -133,6 +133,7 @@ def tune(op: str, dtypes: list[str], seconds: float, forward: bool = False) -> P
                 row = {"dtype": name, "sizes": sizes, "us": {}}
                 if forward:
                     row = next((r for r in old if r["dtype"] == name and r["sizes"] == sizes), row)
+                if row["us"]:  # a row that is new needs every part
                     functions = {part: function for part, function in functions.items() if part in FORWARD}
                 row["us"] = row["us"] | measure(functions, seconds)
             rows.append(row)

@@ -292,3 +292,10 @@ def test_float32_of_a_gpu_goes_to_aten(dtype, implementation):
         said = explain(lora_linear, **inputs, b=torch.empty(48, 4).to(dtype), scale=1.0)
     assert said.implementation == implementation
     assert ("float32" in said.why) is (implementation == "aten") and said.config is not None
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_conv2d"])
+def test_rows_of_the_shipped_table_have_every_part(op):
+    _, rows = _lora._table(op, "cpu")
+    needed = {"ds", "shrink", "thin", "full"} | {f"{d}{f}" for d in ("", "dx_") for f in ("split", "accumulate", "fold")}
+    assert len(rows) >= 39 and not [row["sizes"] for row in rows if needed - set(row["us"])]
