@@ -155,20 +155,12 @@ class LightningStage(GuidedStage):
         return self.student_steps
 
     @property
-    def needs_previous(self) -> bool:
-        return self.teacher == "previous_stage"
-
-    @property
     def improves(self) -> bool:
         return self.needs_previous
 
     @property
     def alone(self) -> str:
         return 'teacher = "base"'
-
-    @property
-    def teacher_passes(self) -> int:
-        return 1 if self.needs_previous else super().teacher_passes
 
     @property
     def copies_encoder(self) -> bool:

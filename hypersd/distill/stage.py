@@ -88,7 +88,8 @@ class BaseStage(Section):
 
 class GuidedStage(BaseStage):
     """`guidance_scale`: range that the teacher's g is drawn from, per sample, in the convention of diffusers,
-    u + g (c - u); the consistency-model papers' w is g - 1. [1, 1] is no guidance and half the teacher's passes."""
+    u + g (c - u); the consistency-model papers' w is g - 1. [1, 1] is no guidance and half the teacher's passes.
+    Where a method offers `teacher`, "previous_stage" has guidance in its weights."""
 
     guidance_scale: Range = (7.0, 9.0)
 
@@ -101,9 +102,13 @@ class GuidedStage(BaseStage):
         return self
 
     @property
+    def needs_previous(self) -> bool:
+        return getattr(self, "teacher", "base") == "previous_stage"
+
+    @property
     def teacher_passes(self) -> int:
         """Network evaluations of one solver step of the teacher."""
-        return 1 if self.guidance_scale == (1.0, 1.0) else 2
+        return 1 if self.needs_previous or self.guidance_scale == (1.0, 1.0) else 2
 
 
 class ConsistencyStage(GuidedStage):

@@ -103,14 +103,6 @@ class TSCDStage(ConsistencyStage):
         return self.segments
 
     @property
-    def needs_previous(self) -> bool:
-        return self.teacher == "previous_stage"
-
-    @property
-    def teacher_passes(self) -> int:
-        return 1 if self.needs_previous else super().teacher_passes
-
-    @property
     def copies_encoder(self) -> bool:
         return self.critic == "encoder" and self.weights[1] > 0
 

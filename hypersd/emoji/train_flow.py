@@ -15,12 +15,24 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypersd.emoji import tokens
 from hypersd.emoji.flow import FLOW, text_encoder
 from hypersd.emoji.networks import flow_scheduler, new_transformer
-from hypersd.emoji.train import DEFAULT_WORK, Device, Horizon, Minutes, Pool, State, Work, Workers, cosine, half
+from hypersd.emoji.train import (
+    DEFAULT_WORK,
+    Device,
+    Horizon,
+    Minutes,
+    Pool,
+    State,
+    Work,
+    Workers,
+    cosine,
+    fast_attention,
+    half,
+    update,
+)
 
 
 def conditions(encoder: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -65,9 +77,7 @@ def main(
     null = tokens.encode(tokens.build(), [""]).to(device)
     began, began_step, recent = time.time(), state.step, []
     horizon = Horizon(steps, minutes, device)
-    # plain products beat the fused CPU attention at 80 tokens, as in hypersd.emoji.train
-    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(SDPBackend.MATH if device == "cpu" else fast):
+    with fast_attention(device):
         while state.step < (steps := horizon.steps):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + state.step)
             optimizer.param_groups[0]["lr"] = cosine(state.step, steps, peak, warmup=min(300, steps // 20))
@@ -80,15 +90,7 @@ def main(
                 told = conditions(encoder, torch.where(drop[:, None], null, ids))
                 output = model(x_t, timestep=1000 * sigma, return_dict=False, **told)[0]
             loss = (output.float() - (noise - latents)).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            state.step += 1
-            horizon.count(state.step)
-            decay = min(ema_decay, (1 + state.step) / (10 + state.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            update(loss, model, average, state, horizon, ema_decay)
             recent.append(loss.detach())
             if state.step % 50 == 0:
                 speed = (state.step - began_step) / (time.time() - began)
