@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,7 +48,7 @@ from hypersd.resolve import (
     writable,
 )
 from hypersd.sampling.sampler import sampler_for
-from hypersd.sampling.solvers import Table, ddim
+from hypersd.sampling.solvers import ddim
 from hypersd.sampling.timesteps import trailing
 
 VARIETY = (64, 4)  # captions, pictures of each
@@ -60,6 +61,7 @@ class Paper:
 
     Under `out`: budget-<budget>/seed-<seed>/<method>-<variant>, a folder for each training with its LoRA files and, per
     number of steps, the features and scores of every caption; the encoded pictures, shared by the trainings of a seed.
+    Any number of processes may share `out` and `rows`: each takes the trainings that no other is at.
     """
 
     def __init__(
@@ -85,16 +87,34 @@ class Paper:
 
     def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         """Add the rows that lack. Comparisons come last, where all seeds of both sides are there."""
-        for seed in seeds:
-            for variant in variants:
+        wanted = [(variant, seed) for seed in seeds for variant in variants]
+        taken = [each for each in wanted if not self.variant(*each, wait=False)]  # by other processes
+        for each in taken:
+            self.variant(*each, wait=True)
+        with self.lock(self.out / "compare"):
+            self.compare(variants, seeds)
+
+    def variant(self, variant: Variant, seed: int, *, wait: bool) -> bool:
+        """All rows of one training; False where another process is at it and this one does not wait."""
+        try:
+            with self.lock(self.folder(variant, seed), wait):
                 for steps in variant.steps:
                     self.cell(variant, steps, seed)
-        self.compare(variants, seeds)
+        except Timeout:
+            return False
+        return True
+
+    @staticmethod
+    def lock(path: Path, wait: bool = True) -> BaseFileLock:
+        """Held by one process at a time; set free by the system should that process die."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{path}.lock", timeout=-1 if wait else 0, is_singleton=False)
 
     def cell(self, variant: Variant, steps: int, seed: int) -> None:
         """One method at one number of steps with one seed: trained where it is not yet, judged, appended."""
         key = {"method": variant.method, "variant": variant.name, "steps": steps, "seed": seed}
         key |= {"budget": self.budget, "samples": self.samples}
+        self.ledger.read()
         missing = [table for table in variant.tables if not self.ledger.find(table=table, **key)]
         if not missing:
             return
@@ -130,7 +150,8 @@ class Paper:
         work = {stage.name: float(stage.iterations) for stage in recipe.stages}
         with Progress(work, self.console) as progress:
             latents = self.out / f"latents-{seed}-{recipe.data.count}"
-            dataset = load_dataset(recipe, components, latents, lambda n, of: progress("encode pictures", n, of))
+            with self.lock(latents):
+                dataset = load_dataset(recipe, components, latents, lambda n, of: progress("encode pictures", n, of))
             trainer = Trainer(
                 recipe, components, dataset, folder,
                 progress=lambda stage, step, total, loss: progress(
@@ -146,8 +167,14 @@ class Paper:
     def pictures(self, variant: Variant, steps: int, seed: int) -> dict[str, Tensor]:
         """Features and scores of every caption, and the diversity, from a file or from fresh pictures."""
         path = self.folder(variant, seed) / f"{variant.judged}-{steps}-{self.samples}.safetensors"
-        if path.exists():
+        with self.lock(path):
+            if not path.exists():
+                found = self.sample(variant, steps, seed)
+                atomic_write(path, lambda temporary: save_file(found, temporary))
             return load_file(path)
+
+    def sample(self, variant: Variant, steps: int, seed: int) -> dict[str, Tensor]:
+        """Fresh pictures, judged."""
         state, metadata, role = self.weights(variant, steps, seed)
         backbone, components, process = load_with_lora(EMBEDDED, state, metadata, self.device)
         if variant.method in (TEACHER, UNDISTILLED):
@@ -159,7 +186,7 @@ class Paper:
         varied = [caption for caption in captions[:groups] for _ in range(VARIETY[1])]
         with Progress(None, self.console) as progress, backbone.folded():
 
-            def stream(texts: list[str], noise: int, table: Table = table) -> Iterator[Any]:
+            def stream(texts: list[str], noise: int) -> Iterator[Any]:
                 return generate(
                     components, backbone, table, texts, role=role, seed=noise,
                     progress=lambda done, total: progress(f"judge {variant.folder} {steps}", done, total),
@@ -167,9 +194,7 @@ class Paper:
 
             features, scores = self.judge.measure(stream(captions, seed))
             diversity = self.judge.diversity(stream(varied, seed + 1_000_003), groups)
-        found = {"features": features, **scores, "diversity": torch.tensor(diversity)}
-        atomic_write(path, lambda temporary: save_file(found, temporary))
-        return found
+        return {"features": features, **scores, "diversity": torch.tensor(diversity)}
 
     def weights(self, variant: Variant, steps: int, seed: int) -> tuple[dict[str, Tensor], dict[str, str], str]:
         """(LoRA, its metadata, role); nothing for the model itself."""
@@ -185,6 +210,7 @@ class Paper:
 
     def compare(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         """One row, table "pairs", for each column that is known caption by caption, and the Frechet distance."""
+        self.ledger.read()
         offered = [v for v in variants if "2" in v.tables and v.stages]
         main = next((v for name in MAIN for v in offered if v.method == name), None)
         for other in offered if main is not None else []:

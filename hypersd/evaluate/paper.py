@@ -191,10 +191,15 @@ def evaluations_of(recipe: Recipe, stages: int | None = None) -> int:
 
 
 class Ledger:
-    """The file of rows, JSON lines: read, and appended to row by row, so that an interrupted run goes on."""
+    """The file of rows, JSON lines: read, and appended to row by row, so that an interrupted run goes on, and so that
+    several processes may append to one file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.read()
+
+    def read(self) -> None:
+        """Again, with what others have appended."""
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
             for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
@@ -212,9 +217,8 @@ class Ledger:
     def append(self, row: dict[str, Any]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+            with open(self.path, "ab", buffering=0) as file:  # one write: rows of two processes never mix
+                file.write((json.dumps(row) + "\n").encode())
                 os.fsync(file.fileno())
         except OSError as error:
             raise HypersdError(f"cannot write {self.path}: {error.strerror or error}") from None

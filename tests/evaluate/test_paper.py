@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from hypersd.distill.recipe import load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
 from hypersd.evaluate.paper import COLUMNS, TABLES, VARIANTS, Ledger, Variant, draw, evaluations_of, recipe_of, spread
+from hypersd.paper import Paper
 
 KEYS = {
     "table", "method", "variant", "steps", "seed", "frechet", "frechet_to_teacher", "alignment", "objects", "aesthetic",
@@ -149,6 +153,25 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "was trained by another recipe" in capsys.readouterr().err
     assert cli.run(["evaluate", "paper", "lcn"]) == 2
     assert "method 'lcn' is unknown; known: dmd2, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """A training that another process is at comes last, and is not done twice."""
+    rows, out = tmp_path / "paper.jsonl", tmp_path / "out"
+    arguments = ["evaluate", "paper", "pcm-phases2", "perflow-windows2", "--seeds", "1", "--samples", "2"]
+    arguments += ["--budget", "40", "--rows", str(rows), "--out", str(out), "--device", "cpu"]
+    for one in ("data.count=8", "train.batch_size=4", "lora.rank=4", "lora.alpha=4.0"):
+        arguments += ["--set", one]
+    command = [sys.executable, "-m", "hypersd", *arguments]
+    with Paper.lock(out / "budget-40" / "seed-0" / "pcm-phases2"):
+        both = [subprocess.Popen(command) for _ in range(2)]
+        while not rows.exists():
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.2)
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["method"], row["steps"]) for row in found] == [("perflow", 2), ("pcm", 2)]
 
 
 @pytest.mark.slow
