@@ -20,6 +20,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from hypersd.errors import HypersdError
+from hypersd.memory import keep_freed_memory
 
 app = typer.Typer(
     name="hypersd",
@@ -347,6 +348,8 @@ def run(arguments: list[str]) -> int:
     """The command's exit code. Every failure is one line on stderr, unless `--debug` asks for more."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] != ["bench"]:  # which measures what others do in a process as it comes
+        keep_freed_memory()
     # nothing here ever needs a hub; without this the loaders would try to reach one
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not debug:

@@ -21,6 +21,7 @@ from hypersd.distill.stages import StructureTerm
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
+from hypersd.models.fused import fuse
 from hypersd.models.load import Components, load_components, skeletons
 from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance, kind
 from hypersd.models.noise_process import NoiseProcess
@@ -68,9 +69,13 @@ def is_embedded(path: str) -> bool:
 
 
 def load_model(path: str, device: str = "auto", network_dtype: torch.dtype | None = None) -> Components:
-    """The frozen parts of a model on `device`, in float32; its network in another dtype if told."""
+    """The frozen parts of a model on `device`, in float32; its network in another dtype if told. On a CPU its
+    autoencoder runs on the fused operators."""
     target = pick_device(device)
-    return load_components(model_folder(path), device=target, network_dtype=network_dtype)
+    components = load_components(model_folder(path), device=target, network_dtype=network_dtype)
+    if target.type == "cpu":
+        fuse(components.vae).to(memory_format=torch.channels_last)
+    return components
 
 
 def writable(folder: str | Path) -> Path:
@@ -231,6 +236,8 @@ def load_with_lora(
     if side:
         components.resolution = (side, side)
     backbone = Backbone(components.network, roles=())
+    if components.device.type == "cpu":
+        backbone.fuse()
     if state:
         _check_base(backbone, metadata, model)
         backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))

@@ -17,7 +17,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["errors", "files", "kernels", "models", "sampling", "distill", "evaluate", "emoji", "bench"]
 # the command line and what it is made of; these may import anything, and nothing below imports them
-ATTIC = {"cli", "__main__", "demo", "compare", "paper", "plan", "resolve", "pictures", "console", "doctor"}
+ATTIC = {"cli", "__main__", "demo", "compare", "paper", "plan", "resolve", "pictures", "console", "doctor", "memory"}
 
 
 def imported(path: Path) -> set[str]:
