@@ -3,10 +3,12 @@
 #   TORCH=torch==2.13.0      what pip installs as torch, options allowed (an --index-url picks a CPU or a CUDA build)
 #   CONSTRAINTS=FILE         pip constraints, e.g. constraints/tested.txt for the versions that were tested
 #   ARGS="..."               passed on to the command of the target
+#   WORKERS=auto             processes that share the tests, one thread each; 0: one process
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?=
 ARGS ?=
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/hypersd demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 # The C++ kernels under the address and undefined-behaviour sanitizers; says so and stops where the compiler has none.
 sanitize: $(STAMP)
