@@ -276,7 +276,10 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lines = ["## Differences, paired over captions", "", "| steps | method | against | column | difference | 95 % |"]
     lines.append("| --- | --- | --- | --- | ---: | --- |")
-    for row in sorted(rows, key=lambda row: (row["steps"], row["against"])):
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: len(row.get("seeds", ()))):  # of each pair that with the most seeds
+        best[tuple(row[name] for name in ("steps", "against", "method", "column"))] = row
+    for _, row in sorted(best.items()):
         lines.append(
             f"| {row['steps']} | {row['method']} | {row['against']} | {row['column']} | {row['difference']:+.3g} "
             f"| {row['low']:+.3g} to {row['high']:+.3g} |"

@@ -110,11 +110,13 @@ def test_the_page() -> None:
 
     pair = {"table": "pairs", "method": "tscd", "against": "lcm", "steps": 1, "column": "frechet"}
     pair |= {"difference": -1.5, "low": -2.0, "high": -1.0}
-    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair])
+    older = pair | {"difference": -9.0, "seeds": [0]}
+    pair |= {"seeds": [0, 1]}
+    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair, older])
     lines = page.splitlines()
     assert "| 1 | lcm | 9 ± 1.4 | – | 1 ± 0 | 1 ± 0 | 1 ± 0 | 1 ± 0 | 500,000 |" in lines
     assert lines.index("| 2 | lcm | 4 | – | 1 | 1 | 1 | 1 | 500,000 |") > 0
-    assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines
+    assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines and "-9" not in page
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
     with pytest.raises(HypersdError, match="no rows"):
         draw([])
