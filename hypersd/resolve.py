@@ -74,7 +74,7 @@ def load_model(path: str, device: str = "auto", network_dtype: torch.dtype | Non
     target = pick_device(device)
     components = load_components(model_folder(path), device=target, network_dtype=network_dtype)
     if target.type == "cpu":
-        fuse(components.vae).to(memory_format=torch.channels_last)
+        fuse(components.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return components
 
 
