@@ -23,7 +23,8 @@ TEACHER, UNDISTILLED = "teacher", "undistilled"
 GUIDANCE, TEACHER_STEPS = 2.5, 25
 STEPS = (1, 2, 4, 8)
 BASE = "emoji-full"  # the complete recipe; its model, data, adapter and optimizer are every variant's
-PARTS = ("tscd", "dmd", "feedback")
+SHORT = "emoji-quick"  # the recipe for budgets such as those here
+LADDER = (8, 4, 2, 1)
 TABLES = {
     "2": "Every method at 1, 2, 4 and 8 steps",
     "3": "TCD and TSCD, with and without feedback",
@@ -71,31 +72,62 @@ class Variant:
         return "judged-by-stage" if self.by_stage else "judged"
 
 
-def segments(*numbers: int, **options: Any) -> tuple[dict[str, Any], ...]:
-    """TSCD stages with these numbers of segments."""
-    return tuple({"method": "tscd", "segments": k, **options, **late(k)} for k in numbers)
+def shipped(name: str, method: str) -> list[dict[str, Any]]:
+    """The recipe's stages of one method, with their iterations."""
+    stages = [stage.model_dump(mode="json", exclude_unset=True) for stage in load_recipe(name).stages]
+    return [stage for stage in stages if stage["method"] == method]
 
 
-def late(k: int) -> dict[str, Any]:
-    """The last two stages start from pure noise half of the time, without offset noise."""
-    return {"offset_noise": 0.0, "pure_noise": 0.5} if k <= 2 else {}
+def head(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """All of a recipe but its stages."""
+    return load_recipe(BASE, overrides).model_dump(mode="json", exclude={"stages"}, exclude_none=True)
+
+
+def guided(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model teaches every method with the same guidance."""
+    taught = stage["method"] != "feedback" and stage.get("teacher") != "previous_stage"
+    return ({"guidance_scale": [GUIDANCE, GUIDANCE]} if taught else {}) | dict(stage)
+
+
+def costs(stages: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Network evaluations of each stage, of one sample a step."""
+    recipe = parse_recipe(head() | {"stages": [guided(stage) for stage in stages]}, "stages")
+    return [stage.iterations * stage.network_evaluations for stage in recipe.stages]
+
+
+def weighed(
+    tables: tuple[str, ...], method: str, name: str, stages: Sequence[dict[str, Any]], **options: Any
+) -> Variant:
+    """Stages whose shares of the budget are those that their iterations cost."""
+    each = costs(stages)
+    untimed = tuple({key: value for key, value in stage.items() if key != "iterations"} for stage in stages)
+    return Variant(tables, method, name, untimed, shares=tuple(cost / sum(each) for cost in each), **options)
+
+
+def ladder(*numbers: int, **options: Any) -> list[dict[str, Any]]:
+    """TSCD stages with these numbers of segments, otherwise as shipped; the first has none before it to teach it."""
+    stages = [stage for stage in shipped(SHORT, "tscd") if stage["segments"] in numbers]
+    first = {key: value for key, value in stages[0].items() if key not in ("teacher", "grid")}
+    return [stage | options for stage in (first, *stages[1:])]
 
 
 def ablations() -> list[Variant]:
-    ladder = (8, 4, 2, 1)
-    found = [Variant(("2", "3", "5", "k", "teacher", "t_end", "distance", "N"), "tscd", "8-4-2-1", segments(*ladder))]
-    found.append(Variant(("3",), "tscd", "8-4-2-1 by stage", segments(*ladder), by_stage=True, trained_as="8-4-2-1"))
-    found += [Variant(("k",), "tscd", name, segments(*ks)) for name, ks in (("1", (1,)), ("4-1", (4, 1)))]
-    previous = segments(8) + tuple(s | {"teacher": "previous_stage", "grid": 16} for s in segments(4, 2, 1))
-    found.append(Variant(("teacher",), "tscd", "previous stage", previous))
-    found += [Variant(("t_end",), "tscd", f"t_end={p}", segments(*ladder, t_end=p)) for p in ("uniform", "boundary")]
-    found += [Variant(("distance",), "tscd", d, segments(*ladder, loss=d)) for d in ("mse", "huber", "l1")]
-    found.append(Variant(("distance",), "tscd", "inv_b2", segments(*ladder, weighting="inv_b2")))
-    for critic in ("features", "encoder"):
-        staged = segments(*ladder, critic=critic, staged_weights=True)
-        found.append(Variant(("distance",), "tscd", f"critic {critic}", staged))
-    found += [Variant(("N",), "tscd", f"N={n}", segments(*ladder, grid=n)) for n in (20, 200)]
-    return found
+    def one(table: str, name: str, *numbers: int, **options: Any) -> Variant:
+        return weighed((table,), "tscd", name, ladder(*(numbers or LADDER), **options))
+
+    every = ("2", "3", "4", "5", "k", "teacher", "t_end", "distance", "N")
+    return [
+        weighed(every, "tscd", "8-4-2-1", ladder(*LADDER)),
+        weighed(("3",), "tscd", "8-4-2-1 by stage", ladder(*LADDER), by_stage=True, trained_as="8-4-2-1"),
+        one("k", "1", 1),
+        one("k", "4-1", 4, 1),
+        one("teacher", "base", teacher="base"),
+        *(one("t_end", f"t_end={policy}", t_end=policy) for policy in ("uniform", "boundary")),
+        *(one("distance", loss, loss=loss) for loss in ("mse", "huber", "l1")),
+        one("distance", "inv_b2", weighting="inv_b2"),
+        *(one("distance", f"critic {kind}", critic=kind, staged_weights=True) for kind in ("features", "encoder")),
+        *(one("N", f"N={n}", grid=n) for n in (20, 40, 200)),
+    ]
 
 
 def lightning(steps: int) -> Variant:
@@ -122,30 +154,22 @@ def dmd2(steps: int) -> Variant:
 
 
 def unified() -> list[Variant]:
-    """The complete recipe, emoji-full, and its parts: score distillation from the base model, after TCD and after TSCD,
-    feedback after TCD and after TSCD. The shares of the budget are the recipe's own."""
-    recipe = load_recipe(BASE)
-    stages = [stage.model_dump(mode="json", exclude_unset=True, exclude={"iterations"}) for stage in recipe.stages]
-    costs = [stage.iterations * stage.network_evaluations for stage in recipe.stages]
-    cost = {method: sum(c for c, s in zip(costs, stages, strict=True) if s["method"] == method) for method in PARTS}
-    tscd, dmd, feedback = (tuple(s for s in stages if s["method"] == method) for method in PARTS)
-    tcd = ({"method": "tcd"},)
-
-    def variant(tables: tuple[str, ...], method: str, name: str, *parts: tuple[dict[str, Any], ...]) -> Variant:
-        made = tuple(stage for part in parts for stage in part)
-        each = [c for c, s in zip(costs, stages, strict=True) if s in made]
-        each = [cost["tscd"]] * (len(made) - len(each)) + each  # TCD in the place of TSCD
-        return Variant(tables, method, name, made, shares=tuple(c / sum(each) for c in each))
-
+    """One LoRA for every number of steps: TSCD, and what may follow it, as in the shipped recipes; the same after TCD,
+    at TSCD's cost; and score distillation alone."""
+    tscd, feedback, dmd = ladder(*LADDER), shipped(SHORT, "feedback"), shipped(BASE, "dmd")
+    tcd: list[dict[str, Any]] = [{"method": "tcd", "iterations": 1}]
+    tcd[0]["iterations"] = round(sum(costs(tscd)) / sum(costs(tcd)))
+    scale = sum(costs(tscd)) / sum(costs(shipped(BASE, "tscd")))
+    dmd[0]["iterations"] = round(scale * dmd[0]["iterations"])
     # from the base model nothing keeps other step counts, and there is no beginning worth an anchor
-    alone = dmd[0] | {"anchor": [0.0, 0.0], "consistency": 0.0}
+    alone = [dmd[0] | {"anchor": [0.0, 0.0], "consistency": 0.0}]
     return [
-        variant(("2", "4"), "unified", "", tscd, dmd, feedback),
-        Variant(("5",), "unified", "DMD", (alone,), (1,)),
-        variant(("5",), "unified", "TCD+DMD", tcd, dmd),
-        variant(("4", "5"), "unified", "TSCD+DMD", tscd, dmd),
-        variant(("3",), "tcd", "feedback", tcd, feedback),
-        variant(("3",), "tscd", "feedback", tscd, feedback),
+        weighed(("2", "3", "4"), "unified", "TSCD+feedback", tscd + feedback),
+        weighed(("3",), "unified", "TCD+feedback", tcd + feedback),
+        weighed(("4", "5"), "unified", "TSCD+DMD", tscd + dmd),
+        weighed(("5",), "unified", "TCD+DMD", tcd + dmd),
+        weighed(("5",), "unified", "DMD", alone, steps=(1,)),
+        weighed(("4",), "unified", "TSCD+DMD+feedback", tscd + dmd + feedback),
     ]
 
 
@@ -169,12 +193,11 @@ VARIANTS: list[Variant] = [
 def recipe_of(variant: Variant, budget: float, seed: int, overrides: Sequence[str] = ()) -> Recipe:
     """The variant's recipe: iterations so that the run costs `budget` network evaluations, at least one a stage. The
     warm-up takes at most a quarter of the shortest stage."""
-    document = load_recipe(BASE, overrides).model_dump(mode="json", exclude={"stages"}, exclude_none=True)
+    document = head(overrides)
     document["train"]["seed"] = seed
     document["data"] |= dict(variant.data)
     batch = document["train"]["batch_size"] * document["train"]["accumulation"]
-    guided = {"guidance_scale": [GUIDANCE, GUIDANCE]}  # where there is a teacher
-    stages = [({} if s["method"] == "feedback" else guided) | dict(s) | {"iterations": 1} for s in variant.stages]
+    stages = [guided(stage) | {"iterations": 1} for stage in variant.stages]
     typed = parse_recipe(document | {"stages": stages}, variant.folder).stages
     shares = variant.shares or (1.0 / len(stages),) * len(stages)
     for stage, one, share in zip(stages, typed, shares, strict=True):

@@ -32,7 +32,8 @@ def test_every_variant_spends_the_budget() -> None:
         step = max(stage.network_evaluations for stage in recipe.stages) * recipe.train.batch_size
         assert abs(evaluations_of(recipe) - 300_000) <= step / 2 * len(recipe.stages)
         taught = [stage for stage in recipe.stages if isinstance(stage, GuidedStage)]
-        assert {stage.guidance_scale for stage in taught} == {(2.5, 2.5)}
+        base = [stage for stage in taught if getattr(stage, "teacher", "base") == "base"]
+        assert {stage.guidance_scale for stage in base} == {(2.5, 2.5)} or not taught
     lcm = recipe_of(next(v for v in VARIANTS if v.method == "lcm"), 300_000, 0)
     assert [stage.iterations for stage in lcm.stages] == [round(300_000 / (32 * 6))]  # 2 teacher, 1 target, 3 student
     halves = Variant(("2",), "lcm", "", ({"method": "lcm"}, {"method": "tcd"}), shares=(0.75, 0.25))
@@ -42,28 +43,49 @@ def test_every_variant_spends_the_budget() -> None:
 
 
 def test_the_unified_variant_is_the_shipped_recipe() -> None:
-    shipped = load_recipe("emoji-full")
-    unified = next(v for v in VARIANTS if v.folder == "unified")
-    costs = [stage.iterations * stage.network_evaluations for stage in shipped.stages]
-    recipe = recipe_of(unified, 32 * sum(costs), 0)
-    assert recipe.stages == shipped.stages
-    assert unified.tables == ("2", "4") and unified.steps == (1, 2, 4, 8)
-    table5 = {(v.method, v.name): v for v in VARIANTS if "5" in v.tables}
-    assert set(table5) == {
-        ("tcd", ""),
-        ("tscd", "8-4-2-1"),
-        ("unified", "DMD"),
-        ("unified", "TCD+DMD"),
-        ("unified", "TSCD+DMD"),
-    }
-    # TCD gets what TSCD gets, and what remains is shared out as in the recipe
-    tscd, dmd = sum(costs[:4]), costs[4]
-    assert table5["unified", "TCD+DMD"].shares == pytest.approx([tscd / (tscd + dmd), dmd / (tscd + dmd)])
-    assert recipe_of(table5["unified", "TSCD+DMD"], 32 * (tscd + dmd), 0).stages == shipped.stages[:5]
-    table3 = [recipe_of(v, 300_000, 0).stages for v in VARIANTS if v.tables == ("3",) and v.name == "feedback"]
-    assert [[s.method for s in stages] for stages in table3] == [["tcd", "feedback"], ["tscd"] * 4 + ["feedback"]]
-    (alone,) = recipe_of(table5["unified", "DMD"], 300_000, 0).stages
+    quick, full = load_recipe("emoji-quick"), load_recipe("emoji-full")
+    cost = [stage.iterations * stage.network_evaluations for stage in quick.stages]
+    (unified,) = (v for v in VARIANTS if v.method == "unified" and "2" in v.tables)
+    assert recipe_of(unified, 32 * sum(cost), 0).stages == quick.stages
+    assert unified.tables == ("2", "3", "4") and unified.steps == (1, 2, 4, 8)
+    for table, follow in (("3", {"TCD+feedback", "TSCD+feedback"}), ("5", {"DMD", "TCD+DMD", "TSCD+DMD"})):
+        rows = {(v.method, v.name) for v in VARIANTS if table in v.tables and v.name != "8-4-2-1 by stage"}
+        assert rows == {("tcd", ""), ("tscd", "8-4-2-1")} | {("unified", name) for name in follow}
+    # after TSCD, and TCD in its place, the others get as much beside it as in the shipped recipe
+    named = {v.name: v for v in VARIANTS if v.method == "unified"}
+    tscd, feedback = sum(cost[:4]), cost[4]
+    dmd = tscd * full.stages[4].iterations * full.stages[4].network_evaluations
+    dmd /= sum(stage.iterations * stage.network_evaluations for stage in full.stages[:4])
+    for name, others in (("feedback", [feedback]), ("DMD", [dmd]), ("DMD+feedback", [dmd, feedback])):
+        for first in ("TSCD", "TCD"):
+            if name == "DMD+feedback" and first == "TCD":
+                continue
+            shares = named[f"{first}+{name}"].shares
+            each = cost[:4] if first == "TSCD" else [tscd]
+            assert shares == pytest.approx([c / (tscd + sum(others)) for c in each + others], rel=0.02)
+    stages = recipe_of(named["TSCD+DMD"], 32 * (tscd + dmd), 0).stages
+    assert [stage.segments for stage in stages[:4]] == [8, 4, 2, 1]
+    assert stages[4].model_dump(exclude={"iterations"}) == full.stages[4].model_dump(exclude={"iterations"})
+    (alone,) = recipe_of(named["DMD"], 300_000, 0).stages
     assert (alone.consistency, alone.real_score, alone.adversarial_weight, alone.fake_updates) == (0, "base", 0.02, 2)
+
+
+def test_tscd_ablations_change_what_their_table_says() -> None:
+    quick = [stage.model_dump() for stage in load_recipe("emoji-quick").stages[:4]]
+    for v in (v for v in VARIANTS if v.method == "tscd"):
+        stages = [stage.model_dump() for stage in recipe_of(v, 300_000, 0).stages]
+        assert stages[0]["teacher"] == "base" and stages[0]["guidance_scale"] == (2.5, 2.5)
+        shipped = {stage["segments"]: stage for stage in quick}
+        differ = {
+            key for stage in stages[1:] for key in stage if stage[key] != shipped[stage["segments"]][key]
+        } - {"iterations", "guidance_scale"}  # fmt: skip
+        expected = {"teacher": {"teacher"}, "t_end": {"t_end"}, "N": {"grid"}}
+        if v.tables in (("teacher",), ("t_end",), ("N",)):
+            assert differ == expected[v.tables[0]]
+        elif v.tables == ("distance",):
+            assert differ in ({"loss"}, {"weighting"}, {"critic", "staged_weights"}, {"staged_weights"}, set())
+        else:
+            assert not differ
 
 
 def test_lightning_halves_down_to_the_steps_that_are_judged() -> None:
