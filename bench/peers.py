@@ -188,13 +188,15 @@ def liger_group_norm(op: Op, inputs: dict[str, Any]) -> Runner | None:
     from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
     changed, leaves = with_leaves(op, inputs)
-    x, weight, bias, groups, eps = (changed[name] for name in ("x", "weight", "bias", "num_groups", "eps"))
+    names = ("x", "weight", "bias", "shift", "num_groups", "eps")
+    x, weight, bias, shift, groups, eps = (changed[name] for name in names)
     if weight is None or not x.is_contiguous():
         return None
 
     def call() -> Tensor:
+        z = x.flatten(2) if shift is None else x.flatten(2) + shift[..., None]
         # three dimensions: with four its backward writes beside its memory (Liger-Kernel issue 1375)
-        y = LigerGroupNormFunction.apply(x.flatten(2), weight, bias, x.shape[1], groups, eps).view_as(x)
+        y = LigerGroupNormFunction.apply(z, weight, bias, x.shape[1], groups, eps).view_as(x)
         return F.silu(y) if changed["silu"] else y
 
     return Runner(call, leaves)

@@ -22,6 +22,7 @@ struct Problem {
   const T *x, *dy;
   T* out;                         // y, or dx; null: not wanted
   const C *weight, *bias;         // by channel
+  const C* shift;                 // (batch, channels), what is added to x; null: nothing
   C *mean, *rstd;                 // (batch, groups)
   C *channel_dz, *channel_dzx;    // sums of dz and dz x^ over pixels: (batch, channels), or (batch, pieces, channels)
   C *offset, *slope;              // (batch, groups): dx = rstd w dz - ((x - mean) slope + offset); channels inside alone
@@ -49,6 +50,14 @@ struct Moments {
   }
 };
 
+// The shift of channel c; 0, and nothing read, without one.
+template <bool Shift, class C>
+HYPERSD_INLINE C shift_of(const C* shift, int64_t c) { return Shift ? shift[c] : 0; }
+
+// x + shift - mean; without a shift nothing is added.
+template <bool Shift, class T, class C>
+HYPERSD_INLINE C center(T x, C shift, C mean) { return (Shift ? widen(x) + shift : widen(x)) - mean; }
+
 template <bool Silu, class C>
 HYPERSD_INLINE C activate(C z) { return Silu ? z / one_plus_exp(z) : z; }
 
@@ -60,17 +69,24 @@ HYPERSD_INLINE C derive(C dy, C z) {
   return dy * (s * (1 + z * (1 - s)));
 }
 
-// One function per type and instruction set, with and without SiLU: NAME(p, i, k), i the task, k its worker's memory.
-#define HYPERSD_NORM_OF(NAME, SUFFIX, T, K)                                                    \
-  HYPERSD_INLINE void NAME##_##SUFFIX##_body(const Problem<T>& p, int64_t i, K k) {            \
-    if (p.silu) NAME<T, true>(p, i, k); else NAME<T, false>(p, i, k);                          \
-  }                                                                                            \
+// One function per type and instruction set: NAME(p, i, k), i the task, k its worker's memory. NAME is a template of the
+// type, with HYPERSD_NORM also of whether SiLU follows and whether there is a shift.
+#define HYPERSD_NORM_RUN(NAME, SUFFIX, T, K)                                                   \
   HYPERSD_KERNEL(NAME##_##SUFFIX, (const Problem<T>& p, int64_t i, K k), (p, i, k))            \
   void run_##NAME(const Problem<T>& p, int64_t i, K k) { NAME##_##SUFFIX(p, i, k); }
-#define HYPERSD_NORM(NAME, K)                 \
-  HYPERSD_NORM_OF(NAME, float, float, K<float>)    \
-  HYPERSD_NORM_OF(NAME, double, double, K<double>) \
-  HYPERSD_NORM_OF(NAME, bfloat, BFloat, K<BFloat>)
+#define HYPERSD_NORM_OF(NAME, SUFFIX, T, K)                                                    \
+  HYPERSD_INLINE void NAME##_##SUFFIX##_body(const Problem<T>& p, int64_t i, K k) {            \
+    if (p.shift) p.silu ? NAME<T, true, true>(p, i, k) : NAME<T, false, true>(p, i, k);        \
+    else p.silu ? NAME<T, true, false>(p, i, k) : NAME<T, false, false>(p, i, k);              \
+  }                                                                                            \
+  HYPERSD_NORM_RUN(NAME, SUFFIX, T, K)
+#define HYPERSD_NORM_PLAIN_OF(NAME, SUFFIX, T, K)                                              \
+  HYPERSD_INLINE void NAME##_##SUFFIX##_body(const Problem<T>& p, int64_t i, K k) { NAME<T>(p, i, k); } \
+  HYPERSD_NORM_RUN(NAME, SUFFIX, T, K)
+#define HYPERSD_NORM_TYPES(OF, NAME, K) \
+  OF(NAME, float, float, K<float>) OF(NAME, double, double, K<double>) OF(NAME, bfloat, BFloat, K<BFloat>)
+#define HYPERSD_NORM(NAME, K) HYPERSD_NORM_TYPES(HYPERSD_NORM_OF, NAME, K)
+#define HYPERSD_NORM_PLAIN(NAME, K) HYPERSD_NORM_TYPES(HYPERSD_NORM_PLAIN_OF, NAME, K)
 
 }  // namespace
 }  // namespace hypersd

@@ -24,14 +24,15 @@ struct Piece {
   }
 };
 
-// Memory of a worker, vectors over channels. Those of one sample: z = (x - mean) scale + shift,
-// dx = dz scale - ((x - mean) slope + offset).
+// Memory of a worker, vectors over channels. Those of one sample: z = (x + shift - mean) scale + bias,
+// dx = dz scale - ((x + shift - mean) slope + offset).
 template <class T>
 struct Channels {
   using C = Work<T>;
   std::unique_ptr<C[]> memory;
   std::unique_ptr<double[]> wide;  // two vectors
   C *mean, *scale, *slope, *offset, *a, *b;
+  const C* shift = nullptr;  // of the problem
   int64_t sample = -1;  // whose `mean` and `scale` are
 
   explicit Channels(const Problem<T>& p) : memory(new C[6 * p.channels]), wide(new double[2 * p.channels]) {
@@ -41,6 +42,7 @@ struct Channels {
   void fill(const Problem<T>& p, int64_t n) {
     if (sample == n) return;
     sample = n;
+    if (p.shift) shift = p.shift + n * p.channels;
     const int64_t group = p.per_group();
     for (int64_t g = 0; g < p.groups; ++g)
       for (int64_t c = g * group; c < (g + 1) * group; ++c)
@@ -98,7 +100,7 @@ HYPERSD_INLINE void join(const C* HYPERSD_RESTRICT total, const C* HYPERSD_RESTR
   }
 }
 
-template <class T, bool>
+template <class T>
 HYPERSD_INLINE void inside_moments(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
   const int64_t channels = p.channels;
@@ -136,7 +138,7 @@ HYPERSD_INLINE void add_squares(const C* HYPERSD_RESTRICT mean, const C* HYPERSD
 }
 
 // The statistics of the groups of a sample from those of its pieces: by channel, then over the channels of a group.
-template <class T, bool>
+template <class T>
 HYPERSD_INLINE void inside_finish(const Problem<T>& p, int64_t sample, Vectors<T> k) {
   const int64_t group = p.per_group(), channels = p.channels, first = sample * p.pieces;
   double *center = k.wide.get(), *squares = center + channels;
@@ -146,6 +148,7 @@ HYPERSD_INLINE void inside_finish(const Problem<T>& p, int64_t sample, Vectors<T
   for (int64_t i = first; i < first + p.pieces; ++i) add_means(partial(i), pixels(i) / p.pixels, channels, center);
   for (int64_t i = first; i < first + p.pieces; ++i)
     add_squares(partial(i), partial(i) + channels, center, pixels(i), channels, squares);
+  if (p.shift) add_means(p.shift + sample * channels, 1.0, channels, center);  // it moves no deviation of a channel
   for (int64_t g = 0; g < p.groups; ++g) {
     Moments moments;
     for (int64_t c = g * group; c < (g + 1) * group; ++c)
@@ -154,45 +157,48 @@ HYPERSD_INLINE void inside_finish(const Problem<T>& p, int64_t sample, Vectors<T
   }
 }
 
-template <int Rows, class T, bool Silu, class C>
-HYPERSD_INLINE void apply_rows(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT mean,
-                               const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
-                               T* HYPERSD_RESTRICT y) {
+template <int Rows, class T, bool Silu, bool Shift, class C>
+HYPERSD_INLINE void apply_rows(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT shift,
+                               const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT scale,
+                               const C* HYPERSD_RESTRICT bias, int64_t channels, T* HYPERSD_RESTRICT y) {
   for (int64_t c = 0; c < channels; ++c)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * channels + c;
-      assign(y[at], activate<Silu>((widen(x[at]) - mean[c]) * scale[c] + shift[c]));
+      const C centered = center<Shift>(x[at], shift_of<Shift>(shift, c), mean[c]);
+      assign(y[at], activate<Silu>(centered * scale[c] + bias[c]));
     }
 }
 
-template <class T, bool Silu>
+template <class T, bool Silu, bool Shift>
 HYPERSD_INLINE void inside_apply(const Problem<T>& p, int64_t item, Vectors<T> k) {
   const Piece<T> piece(p, item);
   const int64_t channels = p.channels;
   k.fill(p, piece.sample);
   const T* x = p.x + piece.start;
   T* y = p.out + piece.start;
+  const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
+    const int64_t at = i * channels;
+    apply_rows<decltype(count)::value, T, Silu, Shift, Work<T>>(x + at, k.shift, k.mean, k.scale, p.bias, channels,
+                                                                y + at);
+  };
   over_pixels(
-      0, piece.pixels,
-      [&](int64_t i) HYPERSD_LAMBDA_INLINE {
-        apply_rows<kRows, T, Silu, Work<T>>(x + i * channels, k.mean, k.scale, p.bias, channels, y + i * channels);
-      },
-      [&](int64_t i) HYPERSD_LAMBDA_INLINE {
-        apply_rows<1, T, Silu, Work<T>>(x + i * channels, k.mean, k.scale, p.bias, channels, y + i * channels);
-      },
+      0, piece.pixels, [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, kRows>{}, i); },
+      [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, 1>{}, i); },
       [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE { fetch(x + i * channels, n * channels); });
 }
 
-// a += dz, b += dz (x - mean); with `Keep` leaves dz itself in `dz`.
-template <int Rows, class T, bool Silu, bool Keep, class C>
-HYPERSD_INLINE void sum_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT mean,
-                             const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift, int64_t channels,
-                             C* HYPERSD_RESTRICT dz, C* HYPERSD_RESTRICT a, C* HYPERSD_RESTRICT b) {
+// a += dz, b += dz (x + shift - mean); with `Keep` leaves dz itself in `dz`.
+template <int Rows, class T, bool Silu, bool Shift, bool Keep, class C>
+HYPERSD_INLINE void sum_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT shift,
+                             const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT scale,
+                             const C* HYPERSD_RESTRICT bias, int64_t channels, C* HYPERSD_RESTRICT dz,
+                             C* HYPERSD_RESTRICT a, C* HYPERSD_RESTRICT b) {
   for (int64_t c = 0; c < channels; ++c) {
     C sum = 0, product = 0;
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * channels + c;
-      const C centered = widen(x[at]) - mean[c], g = derive<Silu>(widen(dy[at]), centered * scale[c] + shift[c]);
+      const C centered = center<Shift>(x[at], shift_of<Shift>(shift, c), mean[c]);
+      const C g = derive<Silu>(widen(dy[at]), centered * scale[c] + bias[c]);
       if (Keep) dz[at] = g;
       sum += g;
       product += g * centered;
@@ -214,7 +220,7 @@ HYPERSD_INLINE Work<T>* waiting(const Problem<T>& p) {
 }
 
 // Sums by channel of a piece.
-template <class T, bool Silu>
+template <class T, bool Silu, bool Shift>
 HYPERSD_INLINE void inside_sums(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
   const int64_t channels = p.channels;
@@ -227,10 +233,12 @@ HYPERSD_INLINE void inside_sums(const Problem<T>& p, int64_t item, Vectors<T> k)
   const auto sums = [&](auto rows, int64_t i) HYPERSD_LAMBDA_INLINE {
     constexpr int kCount = decltype(rows)::value;
     const int64_t at = i * channels;
-    if (dz)
-      sum_rows<kCount, T, Silu, true, C>(x + at, dy + at, k.mean, k.scale, p.bias, channels, dz + at, k.a, k.b);
-    else
-      sum_rows<kCount, T, Silu, false, C>(x + at, dy + at, k.mean, k.scale, p.bias, channels, nullptr, k.a, k.b);
+    const auto add = [&](auto keep, C* to) HYPERSD_LAMBDA_INLINE {
+      sum_rows<kCount, T, Silu, Shift, decltype(keep)::value, C>(x + at, dy + at, k.shift, k.mean, k.scale, p.bias,
+                                                                 channels, to, k.a, k.b);
+    };
+    if (dz) add(std::true_type{}, dz + at);
+    else add(std::false_type{}, nullptr);
   };
   for (int64_t first = 0; first < piece.pixels; first += kPixels) {
     const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
@@ -251,7 +259,7 @@ HYPERSD_INLINE void inside_sums(const Problem<T>& p, int64_t item, Vectors<T> k)
 }
 
 // offset and slope of the groups of a sample from the sums of its pieces.
-template <class T, bool>
+template <class T>
 HYPERSD_INLINE void inside_finish_sums(const Problem<T>& p, int64_t sample, Vectors<T> k) {
   using C = Work<T>;
   const int64_t group = p.per_group(), channels = p.channels;
@@ -271,21 +279,21 @@ HYPERSD_INLINE void inside_finish_sums(const Problem<T>& p, int64_t sample, Vect
 }
 
 // With `Kept` dz lies in dx.
-template <int Rows, class T, bool Silu, bool Kept, class C>
-HYPERSD_INLINE void dx_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT mean,
-                            const C* HYPERSD_RESTRICT scale, const C* HYPERSD_RESTRICT shift,
-                            const C* HYPERSD_RESTRICT slope, const C* HYPERSD_RESTRICT offset, int64_t channels,
-                            T* HYPERSD_RESTRICT dx) {
+template <int Rows, class T, bool Silu, bool Shift, bool Kept, class C>
+HYPERSD_INLINE void dx_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT shift,
+                            const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT scale,
+                            const C* HYPERSD_RESTRICT bias, const C* HYPERSD_RESTRICT slope,
+                            const C* HYPERSD_RESTRICT offset, int64_t channels, T* HYPERSD_RESTRICT dx) {
   for (int64_t c = 0; c < channels; ++c)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * channels + c;
-      const C centered = widen(x[at]) - mean[c];
-      const C g = Kept ? widen(dx[at]) : derive<Silu>(widen(dy[at]), centered * scale[c] + shift[c]);
+      const C centered = center<Shift>(x[at], shift_of<Shift>(shift, c), mean[c]);
+      const C g = Kept ? widen(dx[at]) : derive<Silu>(widen(dy[at]), centered * scale[c] + bias[c]);
       assign(dx[at], g * scale[c] - (centered * slope[c] + offset[c]));
     }
 }
 
-template <class T, bool Silu>
+template <class T, bool Silu, bool Shift>
 HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
   using C = Work<T>;
   const Piece<T> piece(p, item);
@@ -300,10 +308,12 @@ HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
   const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
     constexpr int kCount = decltype(count)::value;
     const int64_t at = i * channels;
-    if (kept)
-      dx_rows<kCount, T, Silu, true, C>(x + at, nullptr, k.mean, k.scale, p.bias, k.slope, k.offset, channels, dx + at);
-    else
-      dx_rows<kCount, T, Silu, false, C>(x + at, dy + at, k.mean, k.scale, p.bias, k.slope, k.offset, channels, dx + at);
+    const auto make = [&](auto keeps, const T* from) HYPERSD_LAMBDA_INLINE {
+      dx_rows<kCount, T, Silu, Shift, decltype(keeps)::value, C>(x + at, from, k.shift, k.mean, k.scale, p.bias, k.slope,
+                                                                 k.offset, channels, dx + at);
+    };
+    if (kept) make(std::true_type{}, nullptr);
+    else make(std::false_type{}, dy + at);
   };
   over_pixels(
       0, piece.pixels, [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, kRows>{}, i); },
@@ -314,11 +324,11 @@ HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
       });
 }
 
-HYPERSD_NORM(inside_moments, Vectors)
-HYPERSD_NORM(inside_finish, Vectors)
+HYPERSD_NORM_PLAIN(inside_moments, Vectors)
+HYPERSD_NORM_PLAIN(inside_finish, Vectors)
 HYPERSD_NORM(inside_apply, Vectors)
 HYPERSD_NORM(inside_sums, Vectors)
-HYPERSD_NORM(inside_finish_sums, Vectors)
+HYPERSD_NORM_PLAIN(inside_finish_sums, Vectors)
 HYPERSD_NORM(inside_dx, Vectors)
 
 }  // namespace

@@ -1,4 +1,5 @@
-// GroupNorm, then SiLU: x^ = (x - mean) rstd per sample and group, z = w x^ + b per channel, y = z sigmoid(z).
+// GroupNorm, then SiLU: x^ = (x - mean) rstd per sample and group, z = w x^ + b per channel, y = z sigmoid(z). With a
+// shift, a number per sample and channel, x + shift stands for x.
 #include <vector>
 
 #include "group_norm_inside.h"
@@ -39,21 +40,33 @@ struct Layout {
   }
 };
 
+// The numbers of `t`, whatever its strides and type; one or two dimensions.
+template <class C>
+std::vector<C> numbers(const Tensor& t, const char* name) {
+  const View view(t);
+  STD_TORCH_CHECK(view.type != Type::other && t.is_cpu(), name, ": not a floating-point CPU tensor");
+  std::vector<C> values(view.numel);
+  std::optional<Tensor> kept;
+  const int64_t rows[2] = {view.size[view.dim - 1], 1};
+  View dense = view;
+  dense.stride = rows + 2 - view.dim;
+  const char* data = matched(t, view, dense, kept);
+  const C* loaded = load<C>(data, view.type, 0, view.numel, values.data());
+  if (loaded != values.data()) std::memcpy(values.data(), loaded, sizeof(C) * view.numel);
+  return values;
+}
 template <class C>
 std::vector<C> by_channel(const std::optional<Tensor>& t, const char* name, int64_t channels, C otherwise) {
-  std::vector<C> values(channels, otherwise);
-  if (!t) return values;
-  const View view(*t);
-  STD_TORCH_CHECK(view.dim == 1 && view.size[0] == channels, name, ": expected one number per channel");
-  STD_TORCH_CHECK(view.type != Type::other && t->is_cpu(), name, ": not a floating-point CPU tensor");
-  std::optional<Tensor> kept;
-  const int64_t one = 1;
-  View dense = view;
-  dense.stride = &one;
-  const char* data = matched(*t, view, dense, kept);
-  const C* loaded = load<C>(data, view.type, 0, channels, values.data());
-  if (loaded != values.data()) std::memcpy(values.data(), loaded, sizeof(C) * channels);
-  return values;
+  if (!t) return std::vector<C>(channels, otherwise);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, ": expected one number per channel");
+  return numbers<C>(*t, name);
+}
+template <class C>
+std::vector<C> by_sample(const std::optional<Tensor>& shift, int64_t batch, int64_t channels) {
+  if (!shift) return {};
+  STD_TORCH_CHECK(shift->dim() == 2 && shift->size(0) == batch && shift->size(1) == channels,
+                  "shift: expected one number per sample and channel");
+  return numbers<C>(*shift, "shift");
 }
 
 template <class T>
@@ -137,18 +150,19 @@ Tensor empty_2d(const View& like, int64_t rows, int64_t columns, Type type) {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Layout& layout, int64_t groups,
                                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                           double eps, bool silu) {
+                                           double eps, bool silu, const std::optional<Tensor>& shift) {
   using C = Work<T>;
   Problem<T> p = problem<T>(layout, groups, silu);
   const View wanted = layout.wanted();
   Tensor mean = empty_2d(layout.view, p.batch, groups, kTypeOf<C>);
   Tensor rstd = empty_2d(layout.view, p.batch, groups, kTypeOf<C>);
   const std::vector<C> w = by_channel<C>(weight, "weight", p.channels, 1), b = by_channel<C>(bias, "bias", p.channels, 0);
+  const std::vector<C> s = by_sample<C>(shift, p.batch, p.channels);
   Tensor y = empty_as<T>(wanted);
   if (layout.view.numel == 0) return {finished<T>(y, wanted, layout.view.type), mean, rstd};
   const Tensor in = as<T>(x, wanted);
   p.x = reinterpret_cast<const T*>(data_of(in)), p.out = reinterpret_cast<T*>(data_of(y)), p.eps = eps;
-  p.weight = w.data(), p.bias = b.data();
+  p.weight = w.data(), p.bias = b.data(), p.shift = shift ? s.data() : nullptr;
   p.mean = reinterpret_cast<C*>(data_of(mean)), p.rstd = reinterpret_cast<C*>(data_of(rstd));
   if (!layout.inside) {
     over_groups(p, 0, [](const Problem<T>& q, int64_t i, C* k) { run_outside_forward(q, i, k); });
@@ -179,7 +193,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Layout& layout, const Tensor& mean,
                                             const Tensor& rstd, const std::optional<Tensor>& weight,
                                             const std::optional<Tensor>& bias, int64_t groups, bool silu, bool need_x,
-                                            bool need_affine) {
+                                            bool need_affine, const std::optional<Tensor>& shift) {
   using C = Work<T>;
   Problem<T> p = problem<T>(layout, groups, silu);
   const View wanted = layout.wanted(), upstream(dy), m(mean), r(rstd);
@@ -192,13 +206,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   empty.dim = 1, empty.size = &none, empty.stride = &one;
   Tensor dx = empty_as<T>(need_x ? wanted : empty);
   const std::vector<C> w = by_channel<C>(weight, "weight", p.channels, 1), b = by_channel<C>(bias, "bias", p.channels, 0);
+  const std::vector<C> s = by_sample<C>(shift, p.batch, p.channels);
   const int64_t rows = layout.view.numel == 0 ? 0 : layout.inside ? p.batch * p.pieces : p.batch;
   std::vector<C> channel_dz(rows * p.channels), channel_dzx(rows * p.channels), slope, offset;
   if (layout.view.numel) {
     const Tensor in = as<T>(x, wanted), grad = as<T>(dy, wanted);
     p.x = reinterpret_cast<const T*>(data_of(in)), p.dy = reinterpret_cast<const T*>(data_of(grad));
     p.out = need_x ? reinterpret_cast<T*>(data_of(dx)) : nullptr;
-    p.weight = w.data(), p.bias = b.data();
+    p.weight = w.data(), p.bias = b.data(), p.shift = shift ? s.data() : nullptr;
     p.mean = reinterpret_cast<C*>(m.data), p.rstd = reinterpret_cast<C*>(r.data);
     p.channel_dz = channel_dz.data(), p.channel_dzx = channel_dzx.data();
     if (!layout.inside) {
@@ -234,19 +249,21 @@ auto by_type(const Layout& layout, const F& run) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
-                                                   std::optional<Tensor> bias, double eps, bool silu) {
+                                                   std::optional<Tensor> bias, double eps, bool silu,
+                                                   std::optional<Tensor> shift) {
   const Layout layout(x);
   STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps: expected a number of at least 0");
-  return by_type(layout, [&](auto t) { return forward<decltype(t)>(x, layout, num_groups, weight, bias, eps, silu); });
+  return by_type(
+      layout, [&](auto t) { return forward<decltype(t)>(x, layout, num_groups, weight, bias, eps, silu, shift); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
                                                             std::optional<Tensor> weight, std::optional<Tensor> bias,
                                                             int64_t num_groups, bool silu, bool need_x,
-                                                            bool need_affine) {
+                                                            bool need_affine, std::optional<Tensor> shift) {
   const Layout layout(x);
   return by_type(layout, [&](auto t) {
-    return backward<decltype(t)>(dy, x, layout, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine);
+    return backward<decltype(t)>(dy, x, layout, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift);
   });
 }
 

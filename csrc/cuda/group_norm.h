@@ -71,13 +71,18 @@ __device__ inline void over_pixels(const GroupNorm& p, const Place& at, int c, c
   }
 }
 
-// What z = (x - mean) scale + shift needs, for the lanes of channel slot c.
+// What is added to x in a channel of the block's sample.
+__device__ inline float shift_of(const GroupNorm& p, const Place& at, int channel) {
+  return p.shift ? read(p.shift, p.shift_type, at.sample * p.channels + channel) : 0.0f;
+}
+
+// What z = (x + shift - mean) rstd weight + bias needs, for the lanes of channel slot c.
 template <class A>
 struct Affine {
-  float mean[A::N], rstd[A::N], weight[A::N], shift[A::N];
+  float mean[A::N], rstd[A::N], weight[A::N], bias[A::N], shift[A::N];
 
   // `mean` and `rstd` by group, from that of channel `origin` on.
-  __device__ Affine(const GroupNorm& p, int c, int origin, const float* mean_of, const float* rstd_of) {
+  __device__ Affine(const GroupNorm& p, const Place& at, int c, int origin, const float* mean_of, const float* rstd_of) {
     const int per_group = p.channels / p.groups;
 #pragma unroll
     for (int e = 0; e < A::N; ++e) {
@@ -85,9 +90,11 @@ struct Affine {
       mean[e] = mean_of[group];
       rstd[e] = rstd_of[group];
       weight[e] = p.weight ? read(p.weight, p.weight_type, channel) : 1.0f;
-      shift[e] = p.bias ? read(p.bias, p.bias_type, channel) : 0.0f;
+      bias[e] = p.bias ? read(p.bias, p.bias_type, channel) : 0.0f;
+      shift[e] = shift_of(p, at, channel);
     }
   }
+  __device__ float center(float x, int e) const { return x + shift[e] - mean[e]; }
 };
 
 // Sums of two numbers a thread and lane over the pixel threads of a block, in a fixed order: `rows` holds them by pixel

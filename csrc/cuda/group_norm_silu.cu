@@ -1,4 +1,4 @@
-// y = silu(z), z = (x - mean) rstd weight + bias: one pass where a cluster of blocks can hold its groups, else two.
+// y = silu(z), z = (x + shift - mean) rstd weight + bias: one pass where a cluster of blocks can hold its groups, else two.
 #include <algorithm>
 
 #include "group_norm.h"
@@ -6,8 +6,8 @@
 namespace hypersd {
 namespace {
 
-// Mean and squared deviations of every channel of the block's tile, into `means` and `squares`; keep(x, c, i) sees each
-// slot. A thread's own by Welford's recurrence, then together (Chan, Golub and LeVeque).
+// Mean (of x + shift) and squared deviations of every channel of the block's tile, into `means` and `squares`; keep(x, c,
+// i) sees each slot. A thread's own by Welford's recurrence, then together (Chan, Golub and LeVeque).
 template <class A, class Keep>
 __device__ inline void moments(const GroupNorm& p, const Place& at, float* memory, const Keep& keep, float* means,
                                float* squares) {
@@ -59,7 +59,9 @@ __device__ inline void moments(const GroupNorm& p, const Place& at, float* memor
         spread += table.second[t * table.stride + k] + pixels_of_thread(t) * (apart * apart);
       }
       spread = warp_sum(spread);
-      if (lane == 0) means[c0 * p.lanes + k] = center, squares[c0 * p.lanes + k] = spread;
+      if (lane) continue;
+      means[c0 * p.lanes + k] = center + shift_of(p, at, (at.first + c0) * p.lanes + k);
+      squares[c0 * p.lanes + k] = spread;
     }
     __syncthreads();
   }
@@ -71,7 +73,7 @@ __device__ inline void normalize(const GroupNorm& p, const Affine<A>& k, const t
   A::unpack(x, v);
 #pragma unroll
   for (int e = 0; e < A::N; ++e) {
-    const float z = (v[e] - k.mean[e]) * (k.rstd[e] * k.weight[e]) + k.shift[e];
+    const float z = k.center(v[e], e) * (k.rstd[e] * k.weight[e]) + k.bias[e];
     v[e] = p.silu ? __fdividef(z, 1.0f + __expf(-z)) : z;
   }
   A::store(p.out, p.type, to, v);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) one_pass_kernel(GroupNorm p) 
   cluster_arrive();  // this block has read what it needs of the others
   __syncthreads();
   for (int c = at.channel_thread; at.works && c < at.slots; c += p.channel_threads) {
-    const Affine<A> k(p, at.first + c, first_channel, group_mean, group_rstd);
+    const Affine<A> k(p, at, at.first + c, first_channel, group_mean, group_rstd);
     for (int i = at.begin + at.pixel_thread; i < at.end; i += p.pixel_threads)
       normalize<A>(p, k, kept[c * step_c + (i - at.begin) * step_i], offset<A>(p, at, at.first + c, i));
   }
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) apply_kernel(GroupNorm p) {
   const Place at = place(p);
   const float *mean = p.mean + at.sample * p.groups, *rstd = p.rstd + at.sample * p.groups;
   for (int c = at.channel_thread; at.works && c < at.slots; c += p.channel_threads) {
-    const Affine<A> k(p, at.first + c, 0, mean, rstd);
+    const Affine<A> k(p, at, at.first + c, 0, mean, rstd);
     over_pixels<A, false>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw&, int i) {
       normalize<A>(p, k, x, offset<A>(p, at, at.first + c, i));
     });

@@ -1,5 +1,5 @@
 // dx = rstd (weight dz - m(weight dz) - x^ m(weight dz x^)), dweight = sum dz x^, dbias = sum dz;  dz = dy silu'(z),
-// x^ = (x - mean) rstd, m the mean over a group. Two passes over x and dy, with sums by tile and channel in between.
+// x^ = (x + shift - mean) rstd, m the mean over a group. Two passes over x and dy, with sums by tile and channel in between.
 #include "group_norm.h"
 
 namespace hypersd {
@@ -24,14 +24,14 @@ __global__ void __launch_bounds__(kTileThreads, 2) sums_kernel(GroupNorm p) {
   for (int c0 = 0; c0 < at.slots; c0 += p.channel_threads) {
     const int c = c0 + at.channel_thread;
     if (at.works && c < at.slots) {
-      const Affine<A> k(p, at.first + c, 0, p.mean + at.sample * p.groups, p.rstd + at.sample * p.groups);
+      const Affine<A> k(p, at, at.first + c, 0, p.mean + at.sample * p.groups, p.rstd + at.sample * p.groups);
       float level[A::N] = {}, tilt[A::N] = {};
       over_pixels<A, true>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw& dy, int) {
         float v[A::N], d[A::N];
         A::unpack(x, v), A::unpack(dy, d);
 #pragma unroll
         for (int e = 0; e < A::N; ++e) {
-          const float hat = (v[e] - k.mean[e]) * k.rstd[e], dz = derive(p, d[e], hat * k.weight[e] + k.shift[e]);
+          const float hat = k.center(v[e], e) * k.rstd[e], dz = derive(p, d[e], hat * k.weight[e] + k.bias[e]);
           level[e] += dz;
           tilt[e] += dz * hat;
         }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sums_kernel(GroupNorm p) {
   }
 }
 
-// One block per sample and group: dx = rstd weight dz - ((x - mean) tilt + level).
+// One block per sample and group: dx = rstd weight dz - ((x + shift - mean) tilt + level).
 __global__ void __launch_bounds__(kFinishThreads) finish_sums_kernel(GroupNorm p) {
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int per_group = p.channels / p.groups, first = blockIdx.x % p.groups * per_group;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) dx_kernel(GroupNorm p) {
   const Place at = place(p);
   const int64_t items = at.sample * p.groups;
   for (int c = at.channel_thread; at.works && c < at.slots; c += p.channel_threads) {
-    const Affine<A> k(p, at.first + c, 0, p.mean + items, p.rstd + items);
+    const Affine<A> k(p, at, at.first + c, 0, p.mean + items, p.rstd + items);
     float level[A::N], tilt[A::N];
 #pragma unroll
     for (int e = 0; e < A::N; ++e) {
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) dx_kernel(GroupNorm p) {
       A::unpack(x, v), A::unpack(dy, d);
 #pragma unroll
       for (int e = 0; e < A::N; ++e) {
-        const float centered = v[e] - k.mean[e], scale = k.rstd[e] * k.weight[e];
-        v[e] = derive(p, d[e], centered * scale + k.shift[e]) * scale - (centered * tilt[e] + level[e]);
+        const float centered = k.center(v[e], e), scale = k.rstd[e] * k.weight[e];
+        v[e] = derive(p, d[e], centered * scale + k.bias[e]) * scale - (centered * tilt[e] + level[e]);
       }
       A::store(p.out, p.type, offset<A>(p, at, at.first + c, i), v);
     });

@@ -60,10 +60,11 @@ void adamw_ema_(const AdamwEma& p, void* stream);
 
 struct GroupNorm {
   const void *x, *dy, *weight, *bias;  // dy of the type of x; weight and bias null: 1 and 0
-  Type type, weight_type, bias_type;
+  const void* shift;                   // (batch, channels), added to x; null: nothing
+  Type type, weight_type, bias_type, shift_type;
   void* out;  // y or dx
   float *mean, *rstd;
-  float *level, *tilt;     // backward, (batch, groups): dx = rstd weight dz - ((x - mean) tilt + level)
+  float *level, *tilt;     // backward, (batch, groups): dx = rstd weight dz - ((x + shift - mean) tilt + level)
   float* partial;          // GroupNormPlan::partials() numbers
   void *dweight, *dbias;   // of the types of weight and bias
   int64_t batch;

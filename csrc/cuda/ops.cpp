@@ -168,7 +168,7 @@ void adamw_ema_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
 }
 
 GroupNorm group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optional& weight,
-                     const Optional& bias, bool silu, bool inside) {
+                     const Optional& bias, const Optional& shift, bool silu, bool inside) {
   GroupNorm p{};
   p.x = data(x);
   p.type = type_of(x);
@@ -176,6 +176,8 @@ GroupNorm group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
   p.weight_type = type_of(weight);
   p.bias = data(bias);
   p.bias_type = type_of(bias);
+  p.shift = data(shift);
+  p.shift_type = type_of(shift);
   p.mean = floats(mean);
   p.rstd = floats(rstd);
   p.batch = x.size(0);
@@ -189,10 +191,10 @@ GroupNorm group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
   return p;
 }
 
-void group_norm_silu_cuda(Tensor x, Tensor y, Tensor mean, Tensor rstd, Optional weight, Optional bias, double eps,
-                          bool silu, bool inside) {
+void group_norm_silu_cuda(Tensor x, Tensor y, Tensor mean, Tensor rstd, Optional weight, Optional bias, Optional shift,
+                          double eps, bool silu, bool inside) {
   void* stream = stream_of(x);
-  GroupNorm p = group_norm(x, mean, rstd, weight, bias, silu, inside);
+  GroupNorm p = group_norm(x, mean, rstd, weight, bias, shift, silu, inside);
   p.out = data(y);
   p.eps = static_cast<float>(eps);
   GroupNormPlan plan = plan_group_norm(p, Device::current(), true);
@@ -202,10 +204,11 @@ void group_norm_silu_cuda(Tensor x, Tensor y, Tensor mean, Tensor rstd, Optional
 }
 
 void group_norm_silu_backward_cuda(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Optional weight, Optional bias,
-                                   bool silu, bool inside, Optional dx, Optional dweight, Optional dbias) {
+                                   Optional shift, bool silu, bool inside, Optional dx, Optional dweight,
+                                   Optional dbias) {
   STD_TORCH_CHECK(type_of(dy) == type_of(x), "dy: expected the dtype of x");
   void* stream = stream_of(x);
-  GroupNorm p = group_norm(x, mean, rstd, weight, bias, silu, inside);
+  GroupNorm p = group_norm(x, mean, rstd, weight, bias, shift, silu, inside);
   p.dy = data(dy);
   p.out = data(dx);
   p.dweight = data(dweight);
@@ -236,9 +239,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
         "float step, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay, "
         "Tensor(e!)? shadow, Tensor? clip, Tensor? step_tensor, Tensor? lr_tensor) -> ()");
   m.def("_group_norm_silu_cuda(Tensor x, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor? weight, Tensor? bias, "
-        "float eps, bool silu, bool inside) -> ()");
+        "Tensor? shift, float eps, bool silu, bool inside) -> ()");
   m.def("_group_norm_silu_backward_cuda(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-        "bool silu, bool inside, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
+        "Tensor? shift, bool silu, bool inside, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {

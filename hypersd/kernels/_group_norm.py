@@ -41,12 +41,27 @@ def _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
     mu = tl.load(mean + item, mask=inside, other=0.0)
     inverse = tl.load(rstd + item, mask=inside, other=0.0)
     scale = inverse * 0 + 1.0
-    shift = inverse * 0
+    base = inverse * 0
     if weight is not None:
         scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    return mu[None, :], inverse[None, :], scale[None, :], shift[None, :]
+        base = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return mu[None, :], inverse[None, :], scale[None, :], base[None, :]
+
+
+@jit
+def _shift_of(shift, sample, channel, inside, channels):
+    """What is added to each channel of a tile."""
+    return tl.load(shift + sample * channels + channel, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _centered(x, at, valid, mu, shift, sample, channel, inside, channels):
+    """x + shift - mean; without a shift nothing is added."""
+    value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    if shift is not None:
+        value += _shift_of(shift, sample, channel, inside, channels)[None, :]
+    return value - mu
 
 
 @jit
@@ -60,14 +75,16 @@ def _derive(dy, z, SILU: tl.constexpr):
 
 @jit(do_not_specialize=("chunks",))
 def _moments_kernel(
-    x, partial, chunks, channels, pixels, stride_pixel, stride_channel, BP: tl.constexpr, BC: tl.constexpr
+    x, shift, partial, chunks, channels, pixels, stride_pixel, stride_channel, BP: tl.constexpr, BC: tl.constexpr
 ):
-    """Mean and squared deviations of every channel of a tile."""
-    _, channel, inside, offset, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
+    """Mean and squared deviations of every channel of a tile, the mean that of x + shift."""
+    sample, channel, inside, offset, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
     count = tl.minimum(pixels - (tl.program_id(0) % chunks) * BP, BP)
     mean = tl.sum(value, axis=0) / count
     deviation = tl.where(valid, value - mean[None, :], 0.0)
+    if shift is not None:
+        mean += _shift_of(shift, sample, channel, inside, channels)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + channel
     tl.store(out, mean, mask=inside)
     tl.store(out + channels, tl.sum(deviation * deviation, axis=0), mask=inside)
@@ -105,12 +122,13 @@ def _finish_moments_kernel(
 
 @jit(do_not_specialize=("chunks", "groups"))
 def _apply_kernel(
-    x, y, mean, rstd, weight, bias, chunks, channels, groups, pixels, stride_pixel, stride_channel,
+    x, y, mean, rstd, weight, bias, shift, chunks, channels, groups, pixels, stride_pixel, stride_channel,
     SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     sample, channel, inside, offset, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
-    mu, inverse, scale, shift = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
-    z = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mu) * (inverse * scale) + shift
+    mu, inverse, scale, base = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
+    centered = _centered(x, offset, valid, mu, shift, sample, channel, inside, channels)
+    z = centered * (inverse * scale) + base
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(y + offset, z.to(y.dtype.element_ty), mask=valid)
@@ -118,14 +136,14 @@ def _apply_kernel(
 
 @jit(do_not_specialize=("chunks", "groups"))
 def _sums_kernel(
-    x, dy, partial, mean, rstd, weight, bias, chunks, channels, groups, pixels, stride_pixel, stride_channel,
+    x, dy, partial, mean, rstd, weight, bias, shift, chunks, channels, groups, pixels, stride_pixel, stride_channel,
     SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and dz x^ over the pixels of a tile, by channel."""
     sample, channel, inside, offset, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
-    mu, inverse, scale, shift = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
-    hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mu) * inverse
-    dz = _derive(tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32), hat * scale + shift, SILU)
+    mu, inverse, scale, base = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
+    hat = _centered(x, offset, valid, mu, shift, sample, channel, inside, channels) * inverse
+    dz = _derive(tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32), hat * scale + base, SILU)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + channel
     tl.store(out, tl.sum(dz, axis=0), mask=inside)
     tl.store(out + channels, tl.sum(dz * hat, axis=0), mask=inside)
@@ -133,7 +151,7 @@ def _sums_kernel(
 
 @jit(do_not_specialize=("chunks", "channels", "groups", "pixels"))
 def _finish_sums_kernel(partial, rstd, weight, offset, slope, chunks, channels, groups, pixels, BLOCK: tl.constexpr):
-    """One program per sample and group: dx = rstd weight dz - ((x - mean) slope + offset)."""
+    """One program per sample and group: dx = rstd weight dz - ((x + shift - mean) slope + offset)."""
     item = tl.program_id(0)
     group = channels // groups
     first = (item % groups) * group
@@ -179,16 +197,16 @@ def _channel_sums_kernel(partial, dweight, dbias, rows, channels, BR: tl.constex
 
 @jit(do_not_specialize=("chunks", "groups"))
 def _dx_kernel(
-    x, dy, dx, mean, rstd, weight, bias, offset, slope, chunks, channels, groups, pixels, stride_pixel, stride_channel,
-    SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x, dy, dx, mean, rstd, weight, bias, shift, offset, slope, chunks, channels, groups, pixels, stride_pixel,
+    stride_channel, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     sample, channel, inside, at, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
-    mu, inverse, scale, shift = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
+    mu, inverse, scale, base = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
     item = sample * groups + channel // (channels // groups)
     level = tl.load(offset + item, mask=inside, other=0.0)[None, :]
     tilt = tl.load(slope + item, mask=inside, other=0.0)[None, :]
-    centered = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - mu
-    z = centered * (inverse * scale) + shift
+    centered = _centered(x, at, valid, mu, shift, sample, channel, inside, channels)
+    z = centered * (inverse * scale) + base
     dz = _derive(tl.load(dy + at, mask=valid, other=0.0).to(tl.float32), z, SILU)
     value = dz * (inverse * scale) - (centered * tilt + level)
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=valid)
@@ -253,20 +271,20 @@ def grid(x: Tensor, num_groups: int, inside: bool) -> Grid:
 
 def forward(
     x: Tensor, y: Tensor, num_groups: int, inside: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-    silu: bool,
+    silu: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills y, which lies as x does; returns (mean, rstd)."""
     g = grid(x, num_groups, inside)
     mean, rstd = (torch.empty((g.batch, g.groups), dtype=torch.float32, device=x.device) for _ in range(2))
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     sizes = (g.pixels, *g.strides)
-    _moments_kernel[g.tiles](x, partial, g.chunks, g.channels, *sizes, **g.options)
+    _moments_kernel[g.tiles](x, shift, partial, g.chunks, g.channels, *sizes, **g.options)
     _finish_moments_kernel[(g.batch * g.groups,)](
         partial, mean, rstd, g.chunks, g.channels, g.groups, g.pixels, eps,
         BP=g.config.blocks["BP"], BLOCK=FINISH, num_warps=4,
     )  # fmt: skip
     _apply_kernel[g.tiles](
-        x, y, mean, rstd, weight, bias, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
+        x, y, mean, rstd, weight, bias, shift, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
     )
     return mean, rstd
 
@@ -274,19 +292,20 @@ def forward(
 def backward(
     x: Tensor, dy: Tensor, dx: Tensor | None, num_groups: int, inside: bool, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
+    shift: Tensor | None,
 ) -> None:  # fmt: skip
     """Fills dx, dweight and dbias where given; dy and dx lie as x does."""
     g = grid(x, num_groups, inside)
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     offset, slope = torch.empty_like(mean), torch.empty_like(mean)
     sizes = (g.chunks, g.channels, g.groups, g.pixels)
-    _sums_kernel[g.tiles](x, dy, partial, mean, rstd, weight, bias, *sizes, *g.strides, SILU=silu, **g.options)
+    _sums_kernel[g.tiles](x, dy, partial, mean, rstd, weight, bias, shift, *sizes, *g.strides, SILU=silu, **g.options)
     if dx is not None:
         _finish_sums_kernel[(g.batch * g.groups,)](
             partial, rstd, weight, offset, slope, *sizes, BLOCK=FINISH, num_warps=4
         )
         _dx_kernel[g.tiles](
-            x, dy, dx, mean, rstd, weight, bias, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
+            x, dy, dx, mean, rstd, weight, bias, shift, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
         )
     if dweight is not None or dbias is not None:
         _channel_sums_kernel[(-(-g.channels // 32),)](
@@ -312,7 +331,7 @@ def programs() -> list[Program]:
         one, other = ("stride_channel", "stride_pixel") if inside else ("stride_pixel", "stride_channel")
         numbers = dict.fromkeys(("chunks", "channels", "groups", "pixels", other), "i32")
         statistics = dict.fromkeys(("partial", "mean", "rstd", "offset", "slope"), "*fp32")
-        tensors = dict.fromkeys(("x", "y", "dy", "dx", "weight", "bias"), pointer)
+        tensors = dict.fromkeys(("x", "y", "dy", "dx", "weight", "bias", "shift"), pointer)
         known = {one: 1, **tile.blocks}
         aligned = ("channels", "pixels", other)
         for name, kernel, silu, streams in (

@@ -4,6 +4,7 @@ GroupNorm (Wu and He 2018, arXiv:1803.08494) and the SiLU that follows it in a r
 
     bytes: 2 N itemsize and 8 batch groups for the statistics (a GPU reads x twice)     flops: about 30 N    launches: 2
     replaces: statistics, normalisation and SiLU, 5 N, with z kept for backward; here x and the statistics are kept
+    shift: x + shift stands for x, added in every pass and never written: the addition's 2 N are saved too
     backward: dz = dy silu'(z), z computed again; per group, m(v) the mean over its elements and x^ = (x - mean) rstd,
               dx = rstd (weight dz - m(weight dz) - x^ m(weight dz x^)); dweight = sum dz x^, dbias = sum dz
     arithmetic: float32 (float64 if x is float64); deviations from a local mean, combined by Chan, Golub and LeVeque
@@ -32,6 +33,7 @@ def _case(
     groups: int,
     silu: bool = True,
     affine: bool = True,
+    shift: bool = False,
     last: bool = False,
     mean: float = 0.5,
     bench: bool = True,
@@ -44,36 +46,50 @@ def _case(
         inputs = {"x": x.contiguous(memory_format=torch.channels_last) if last else x, "num_groups": groups}
         inputs["weight"] = (1 + 0.1 * draw(shape[1])).to(dtype) if affine else None
         inputs["bias"] = (0.1 * draw(shape[1])).to(dtype) if affine else None
-        return inputs | {"eps": 1e-5, "silu": silu}
+        return inputs | {"eps": 1e-5, "silu": silu, "shift": draw(*shape[:2]).to(dtype) if shift else None}
 
     return Case(name, make_inputs, bench)
 
 
 CASES = (
     *_shapes.cases("group_norm_silu", _case),
-    _case("odd", 3, 10, 7, 5, groups=5, bench=False),
-    _case("odd_last", 3, 10, 7, 5, groups=5, last=True, bench=False),
+    _case("odd", 3, 10, 7, 5, groups=5, shift=True, bench=False),
+    _case("odd_last", 3, 10, 7, 5, groups=5, shift=True, last=True, bench=False),
+    _case("odd_alone", 3, 10, 7, 5, groups=5, bench=False),
+    _case("odd_alone_last", 3, 10, 7, 5, groups=5, last=True, bench=False),
     _case("odd_wide_last", 2, 33, 37, 29, groups=3, mean=0.0, last=True, bench=False),
     _case("far_mean", 2, 12, 11, 9, groups=3, mean=20.0, affine=False, bench=False),
     _case("far_mean_last", 2, 12, 11, 9, groups=3, mean=20.0, affine=False, last=True, bench=False),
+    _case("wide_shift", 2, 12, 45, 47, groups=3, silu=False, shift=True, bench=False),
+    _case("wide_shift_last", 2, 33, 37, 29, groups=3, affine=False, shift=True, last=True, bench=False),
+    _case("vectors_shift", 4, 24, groups=3, shift=True, bench=False),
     _case("one_group", 2, 6, 5, 5, groups=1, bench=False),
     _case("no_affine", 2, 8, 3, 5, groups=8, affine=False, silu=False, bench=False),
     _case("vectors", 4, 24, groups=3, bench=False),
     _case("tokens", 2, 12, 77, groups=4, bench=False),
     _case("video", 2, 8, 3, 5, 5, groups=4, bench=False),
     _case("empty_batch", 0, 8, 4, 4, groups=4, bench=False),
+    _case("empty_shift", 0, 8, 4, 4, groups=4, shift=True, bench=False),
 )
 
 
-def cost(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True) -> Cost:
+def cost(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True,
+    shift: Tensor | None = None,
+) -> Cost:  # fmt: skip
     """x read once, y and the statistics written once."""
-    affine = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+    small = sum(t.numel() * t.element_size() for t in (weight, bias, shift) if t is not None)
     statistics = 2 * x.shape[0] * num_groups * _rows.work_dtype(x).itemsize
-    return Cost(flops=30 * x.numel(), bytes=2 * x.numel() * x.element_size() + affine + statistics, launches=2)
+    return Cost(flops=30 * x.numel(), bytes=2 * x.numel() * x.element_size() + small + statistics, launches=2)
 
 
-def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+def reference(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition, as a residual block writes it."""
+    if shift is not None:
+        x = x + _by_sample(shift, x, x.dtype)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch has no gradient of a bias alone
@@ -84,7 +100,10 @@ def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | 
     return F.silu(z) if silu else z
 
 
-def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> None:
+def check(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    shift: Tensor | None = None,
+) -> None:  # fmt: skip
     """Raise TypeError or ValueError for arguments that group_norm_silu does not take."""
     _rows.check_tensor("x", x)
     if x.dim() < 2:
@@ -94,12 +113,16 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
         raise TypeError(f"num_groups: got {num_groups!r}, expected an integer")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t, shape, what in (
+        ("weight", weight, (channels,), "channel"),
+        ("bias", bias, (channels,), "channel"),
+        ("shift", shift, (x.shape[0], channels), "sample and channel"),
+    ):
         if t is None:
             continue
         _rows.check_tensor(name, t)
-        if t.shape != (channels,):
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected ({channels},), one number per channel")
+        if t.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {shape}, one number per {what}")
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, expected {x.device} as x")
     _rows.check_real("eps", eps, 0.0)
@@ -123,6 +146,11 @@ def _by_channel(t: Tensor | None, x: Tensor, work: torch.dtype) -> Tensor | None
     return None if t is None else t.to(work).reshape(-1, *[1] * (x.dim() - 2))
 
 
+def _by_sample(t: Tensor, x: Tensor, work: torch.dtype) -> Tensor:
+    """(batch, channels) -> (batch, channels, 1, ...), to broadcast over x."""
+    return t.to(work).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+
+
 def _over_groups(t: Tensor, like: Tensor) -> Tensor:
     """(batch, groups) -> (batch, channels, 1, ...), to broadcast over `like`."""
     per_group = like.shape[1] // t.shape[1]
@@ -135,37 +163,46 @@ def _normalized(
     """(x^, z) in the dtype of the statistics."""
     work = mean.dtype
     hat = (x.to(work) - _over_groups(mean, x)) * _over_groups(rstd, x)
-    scale, shift = _by_channel(weight, x, work), _by_channel(bias, x, work)
+    scale, base = _by_channel(weight, x, work), _by_channel(bias, x, work)
     z = hat if scale is None else hat * scale
-    return hat, z if shift is None else z + shift
+    return hat, z if base is None else z + base
+
+
+def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """x + shift, in what is computed in."""
+    work = _rows.work_dtype(x)
+    return x if shift is None else x.to(work) + _by_sample(shift, x, work)
 
 
 def _fallback(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     work = _rows.work_dtype(x)
     if not x.numel():
         mean = x.new_zeros((x.shape[0], num_groups), dtype=work)
         return _empty_like(x), mean, torch.zeros_like(mean)
-    var, mean = torch.var_mean(x.to(work).unflatten(1, (num_groups, -1)).flatten(2), -1, correction=0)
+    total = _shifted(x, shift)
+    var, mean = torch.var_mean(total.to(work).unflatten(1, (num_groups, -1)).flatten(2), -1, correction=0)
     rstd = (var + eps).rsqrt()
-    _, z = _normalized(x, mean, rstd, weight, bias)
+    _, z = _normalized(total, mean, rstd, weight, bias)
     return _empty_like(x).copy_(F.silu(z) if silu else z), mean, rstd
 
 
 def _fake(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [x.new_empty((x.shape[0], num_groups), dtype=_rows.work_dtype(x)) for _ in range(2)]
     return _empty_like(x), statistics[0], statistics[1]
 
 
 def _reference_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
-    silu: bool, need_x: bool, need_affine: bool,
+    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     work = mean.dtype
-    hat, z = _normalized(x, mean, rstd, weight, bias)
+    hat, z = _normalized(_shifted(x, shift), mean, rstd, weight, bias)
     dz = dy.to(work)
     if silu:
         gate = torch.sigmoid(z)
@@ -191,7 +228,7 @@ def _reference_backward(
 
 def _fake_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
-    silu: bool, need_x: bool, need_affine: bool,
+    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     none = [x.new_empty(0) for _ in range(3)]
     dweight, dbias = (
@@ -212,49 +249,50 @@ def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
 
 def _run_cuda(
     x: Tensor, y: Tensor, num_groups: int, inside: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-    silu: bool,
+    silu: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    torch.ops.hypersd._group_norm_silu_cuda(x, y, mean, rstd, weight, bias, eps, silu, inside)
+    torch.ops.hypersd._group_norm_silu_cuda(x, y, mean, rstd, weight, bias, shift, eps, silu, inside)
     return mean, rstd
 
 
 def _run_cuda_backward(
     x: Tensor, dy: Tensor, dx: Tensor | None, num_groups: int, inside: bool, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
+    shift: Tensor | None,
 ) -> None:  # fmt: skip
     torch.ops.hypersd._group_norm_silu_backward_cuda(
-        dy, x, mean, rstd, weight, bias, silu, inside, dx, dweight, dbias
+        dy, x, mean, rstd, weight, bias, shift, silu, inside, dx, dweight, dbias
     )  # fmt: skip
 
 
 def _launch(
     run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
-    eps: float, silu: bool,
+    eps: float, silu: bool, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():  # kernels compute in float32
-        return _fallback(x, num_groups, weight, bias, eps, silu)
+        return _fallback(x, num_groups, weight, bias, eps, silu, shift)
     x, inside = _laid_out(x)
     y = _empty_like(x)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias, shift = (None if t is None else t.contiguous() for t in (weight, bias, shift))
     with _rows.on_device(x):
-        return y, *run(x, y, num_groups, inside, weight, bias, eps, silu)
+        return y, *run(x, y, num_groups, inside, weight, bias, eps, silu, shift)
 
 
 def _launch_backward(
     run: Callable[..., None], dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, num_groups: int, silu: bool, need_x: bool, need_affine: bool,
+    bias: Tensor | None, num_groups: int, silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():
-        return _reference_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine)
+        return _reference_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift)
     x, inside = _laid_out(x)
     outputs = _fake_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine)
     wanted = (need_x, need_affine and weight is not None, need_affine and bias is not None)
     dx, dweight, dbias = (out if want else None for out, want in zip(outputs, wanted, strict=True))
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias, shift = (None if t is None else t.contiguous() for t in (weight, bias, shift))
     dy = dy if dy.stride() == x.stride() and dy.dtype == x.dtype else _empty_like(x).copy_(dy)
     with _rows.on_device(x):
-        run(x, dy, dx, num_groups, inside, mean, rstd, weight, bias, dweight, dbias, silu)
+        run(x, dy, dx, num_groups, inside, mean, rstd, weight, bias, dweight, dbias, silu, shift)
     return outputs
 
 
@@ -265,7 +303,7 @@ def _config(x: Tensor, num_groups: int, **others: Any) -> Config:
 BACKWARD = Op(
     "group_norm_silu_backward",
     "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, "
-    "bool need_x, bool need_affine) -> (Tensor, Tensor, Tensor)",
+    "bool need_x, bool need_affine, Tensor? shift=None) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     triton=partial(_launch_backward, _group_norm.backward),
@@ -274,26 +312,37 @@ BACKWARD = Op(
 )
 
 
+def _sum_of_pixels(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the shift: that of x summed over all but samples and channels, by ATen in float32 or wider."""
+    if dx.dim() > 2:
+        dx = dx.sum(list(range(2, dx.dim())), dtype=torch.promote_types(dx.dtype, dtype))
+    return dx.to(dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, ctx.num_groups, weight, bias, _, ctx.silu = inputs
-    ctx.save_for_backward(x, output[1], output[2], weight, bias)
+    x, ctx.num_groups, weight, bias, _, ctx.silu, shift = inputs
+    ctx.save_for_backward(x, output[1], output[2], weight, bias, shift)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
-    need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
-    x, mean, rstd, weight, bias = ctx.saved_tensors
-    need_affine = need_weight or need_bias
-    dx, dweight, dbias = BACKWARD.run(dy, x, mean, rstd, weight, bias, ctx.num_groups, ctx.silu, need_x, need_affine)
-    return dx if need_x else None, None, dweight if need_weight else None, dbias if need_bias else None, None, None
+        return (None,) * 7
+    need_x, _, need_weight, need_bias, _, _, need_shift = ctx.needs_input_grad
+    x, mean, rstd, weight, bias, shift = ctx.saved_tensors
+    dx, dweight, dbias = BACKWARD.run(
+        dy, x, mean, rstd, weight, bias, ctx.num_groups, ctx.silu, need_x or need_shift, need_weight or need_bias, shift
+    )
+    dshift = _sum_of_pixels(dx, shift.dtype) if need_shift else None
+    made = (dx if need_x else None, dweight if need_weight else None, dbias if need_bias else None)
+    return made[0], None, made[1], made[2], None, None, dshift
 
 
 OP = Op(
     "group_norm_silu",
-    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift=None) -> "
+    "(Tensor, Tensor, Tensor)",
     reference=reference,
     fallback=_fallback,
     fake=_fake,
@@ -301,7 +350,7 @@ OP = Op(
     triton=partial(_launch, _group_norm.forward),
     cuda=partial(_launch, _run_cuda),
     cpp=True,
-    differentiable=("x", "weight", "bias"),
+    differentiable=("x", "weight", "bias", "shift"),
     backward=_backward,
     setup_context=_setup_context,
     result=lambda output: output[0],
@@ -314,9 +363,16 @@ OP = Op(
 
 @OP.public
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, silu: bool = True
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """SiLU of GroupNorm, or GroupNorm alone.
+    """SiLU of GroupNorm, or GroupNorm alone; of x + shift, where a shift is given.
 
     Args:
         x: (batch, channels, ...), any floating-point dtype. Contiguous and channels-last memory is read as it lies;
@@ -325,12 +381,16 @@ def group_norm_silu(
         weight, bias: (channels,), any floating-point dtype, or None for 1 and 0.
         eps: added to the variance, which is that of the population, over a sample's group.
         silu: whether z * sigmoid(z) follows.
+        shift: (batch, channels), any floating-point dtype: the normalised tensor, statistics included, is
+            x + shift[:, :, None, ...], as where a residual block adds its time embedding. The sum is float32 (float64
+            where x is) and never written: one rounding fewer than x + shift in the dtype of x.
 
     Returns:
-        The shape and dtype of x, channels last where x is, else contiguous; differentiable once in x, weight and bias.
-        x and two float32 numbers per sample and group are kept for backward.
+        The shape and dtype of x, channels last where x is, else contiguous; differentiable once in x, weight, bias and
+        shift, whose gradient is that of x summed over the pixels. x, shift and two float32 numbers per sample and group
+        are kept for backward.
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape, device or number of groups that does
     not fit.
     """
-    return OP(x, num_groups, weight, bias, eps, silu)
+    return OP(x, num_groups, weight, bias, eps, silu, shift)

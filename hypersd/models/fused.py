@@ -26,10 +26,10 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class FusedGroupNormSiLU(nn.GroupNorm):
-    """GroupNorm and the SiLU after it; the activation that followed is an `Applied`."""
+    """GroupNorm (of x + shift) and the SiLU after it; the activation that followed is an `Applied`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, shift=shift)
 
 
 class Applied(nn.SiLU):
@@ -47,16 +47,16 @@ class FusedGEGLU(GEGLU):
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """norm1, SiLU, conv1, + time embedding, norm2, SiLU, conv2, + shortcut. Its norms are FusedGroupNormSiLU."""
+    """norm1, SiLU, conv1, norm2 of + time embedding, SiLU, conv2, + shortcut. Its norms are FusedGroupNormSiLU."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = self.conv1(self.norm1(input_tensor))
+        hidden, shift = self.conv1(self.norm1(input_tensor)), None
         if self.time_emb_proj is not None:
             temb = temb if self.skip_time_act else self.nonlinearity(temb)
-            temb = self.time_emb_proj(temb)[:, :, None, None]
-        if temb is not None and self.time_embedding_norm == "default":
+            shift = self.time_emb_proj(temb).expand(hidden.shape[0], -1)
+        elif temb is not None and self.time_embedding_norm == "default":
             hidden = hidden + temb
-        hidden = self.conv2(self.dropout(self.norm2(hidden)))
+        hidden = self.conv2(self.dropout(self.norm2(hidden, shift)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         output = input_tensor + hidden

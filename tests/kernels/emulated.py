@@ -57,9 +57,9 @@ def divisible(op: Op, dtype: torch.dtype, last: bool = False) -> dict[str, Any]:
         return next(c for c in op.cases if c.name in ("emoji_b1_ddim_cfg", "emoji_b1", "matrix")).inputs(dtype)
     generator = torch.Generator().manual_seed(0)
     x = (3 + torch.randn(1, 24, 64, 80, generator=generator)).to(dtype)
-    weight, bias = (torch.randn(24, generator=generator).to(dtype) for _ in range(2))
+    weight, bias, shift = (torch.randn(s, generator=generator).to(dtype) for s in ((24,), (24,), (1, 24)))
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    return {"x": x, "num_groups": 2, "weight": weight, "bias": bias, "eps": 1e-5}
+    return {"x": x, "num_groups": 2, "weight": weight, "bias": bias, "eps": 1e-5, "shift": shift}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,7 +30,8 @@ class Mutation(NamedTuple):
 
 NARROW = ".to(tl.float16).to(tl.float32)"
 DOT = 'total = tl.dot(left, right, total, input_precision="ieee")'
-WIDE = "(inverse * scale) + shift"
+WIDE = "(inverse * scale) + base"
+SHIFT = "_shift_of(shift, sample, channel, inside, channels)"
 MUTATIONS = [
     Mutation(*row)
     for row in (
@@ -54,9 +55,12 @@ MUTATIONS = [
         ("geglu", "_forward_kernel", "no tail mask", "mask = inside < width", "mask = inside >= 0"),
         ("geglu", "_forward_kernel", "fp16", "(gate * phi))", f"(gate * phi){NARROW})"),
         ("geglu", "_backward_kernel", "scale dropped", "grad * value *", "value *"),
-        ("group_norm_silu", "_group_norm._apply_kernel", "scale dropped", WIDE, "inverse + shift"),
+        ("group_norm_silu", "_group_norm._apply_kernel", "scale dropped", WIDE, "inverse + base"),
         ("group_norm_silu", "_group_norm._affine", "another group",
          "channel // (channels // groups)", "channel % groups"),
+        ("group_norm_silu", "_group_norm._centered", "shift dropped", f"value += {SHIFT}[None, :]", "pass"),
+        ("group_norm_silu", "_group_norm._moments_kernel", "shift dropped", f"mean += {SHIFT}", "pass"),
+        ("group_norm_silu", "_group_norm._shift_of", "another sample", "sample * channels + channel", "channel"),
         ("group_norm_silu", "_group_norm._tile", "no tail mask", "(pixel < pixels)[:, None] & ", ""),
         ("group_norm_silu", "_group_norm._moments_kernel", "fp16 sum",
          "tl.sum(value, axis=0)", f"tl.sum(value, axis=0){NARROW}"),

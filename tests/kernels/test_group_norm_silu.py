@@ -1,6 +1,8 @@
-"""What is special about group_norm_silu: memory orders, statistics far from zero, what it keeps, bad input."""
+"""What is special about group_norm_silu: memory orders, statistics far from zero, shifts, what it keeps, bad input."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ def layer(*shape: int, last: bool = False, dtype: torch.dtype = torch.float32) -
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in (shape, shape[1], shape[1]))
     return x.contiguous(memory_format=torch.channels_last) if last else x, weight, bias
+
+
+def shift_for(x: Tensor) -> Tensor:
+    """A shift as large as x, and much larger in one channel."""
+    shift = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    shift[:, 1] += 20
+    return shift
 
 
 def test_float64_equals_torch_to_the_last_digits():
@@ -48,13 +57,15 @@ def test_memory_order_is_kept(dtype, implementation, monkeypatch):
 SIZES = {"three pieces a sample": (48, 40, 40), "18 pieces a sample": (160, 60, 60)}
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["alone", "shifted"])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_same_bits_on_any_number_of_threads(sizes, batch, last):
+def test_same_bits_on_any_number_of_threads(sizes, batch, last, shifted):
     """Few samples are cut into pieces, many are not; sums are grouped by the shape alone, not by who takes a piece."""
     x, weight, bias = layer(batch, *sizes, last=last)
     inputs = {"x": x, "num_groups": 8, "weight": weight, "bias": bias, "eps": 1e-5}
+    inputs["shift"] = shift_for(x) if shifted else None
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5, 3, 2):
@@ -64,7 +75,8 @@ def test_same_bits_on_any_number_of_threads(sizes, batch, last):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(other[name], value) for name, value in found[0].items())
-    exact = F.silu(F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-5))
+    total = x.double() + (shift_for(x)[:, :, None, None] if shifted else 0)
+    exact = F.silu(F.group_norm(total, 8, weight.double(), bias.double(), 1e-5))
     torch.testing.assert_close(next(iter(found[0].values())).double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -86,12 +98,92 @@ def test_an_outlier_first_does_not_spoil_the_variance(last):
     assert ((found - exact).abs().max() / exact.abs().max()).item() < 1e-6
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_norm_is_that_of_the_sum(silu, last):
+    """Statistics, result and all gradients in float64."""
+    x, weight, bias = layer(3, 12, 9, 7, last=last, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, shift_for(x))]
+    x, weight, bias, shift = leaves
+    total = x + shift[:, :, None, None]
+    z = F.group_norm(total, 4, weight, bias, 1e-6)
+    y, mean, rstd = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-6, silu, shift)
+    var, center = torch.var_mean(total.reshape(3, 4, -1), -1, correction=0)
+    for found, expected in ((y, F.silu(z) if silu else z), (mean, center), (rstd, (var + 1e-6).rsqrt())):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = group_norm_silu(x, 4, weight, bias, 1e-6, silu=silu, shift=shift)
+    found, expected = (torch.autograd.grad(out, leaves, upstream) for out in (ours, F.silu(z) if silu else z))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "fallback"])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_sum_is_not_rounded(last, implementation, monkeypatch):
+    """Near 100 bfloat16 has steps of a half: x + shift in it keeps little of x."""
+    if implementation == "fallback":
+        monkeypatch.setattr(OPS["group_norm_silu"], "raw", OPS["group_norm_silu"].fallback)
+    x, _, _ = layer(2, 8, 16, 16, last=last, dtype=torch.bfloat16)
+    shift = torch.full((2, 8), 100.0, dtype=torch.bfloat16)
+    exact = F.group_norm(x.double(), 4, None, None, 1e-5)
+    found = group_norm_silu(x, 4, None, None, 1e-5, silu=False, shift=shift)
+    eager = F.group_norm(x + shift[:, :, None, None], 4, None, None, 1e-5)
+    errors = [(y.double() - exact).norm() / exact.norm() for y in (found, eager)]
+    assert errors[0] < 3e-3 and errors[1] > 0.1
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_groups_that_the_shift_makes_constant(last):
+    """Each group is one number and rstd is 10,000: its mean rounds as the sum does, so that nothing is left."""
+    x, _, _ = layer(3, 6, 1, 1)
+    x = x.expand(3, 6, 4, 4).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    bias = torch.arange(6.0)
+    y = group_norm_silu(x, 6, None, bias, 1e-8, silu=False, shift=shift_for(x) / 3)
+    assert torch.equal(y, bias[:, None, None].expand_as(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_shift_of_another_dtype(dtype):
+    """Its gradient has its own dtype, and where that is the wider one its precision."""
+    x, weight, bias = layer(2, 8, 40, 40)
+    shift = shift_for(x).to(dtype).requires_grad_()
+    for own in (torch.float32, torch.bfloat16):
+        given = x.to(own)
+        y = group_norm_silu(given, 4, weight, bias, 1e-5, shift=shift)
+        exact = shift.detach().double().requires_grad_()
+        total = given.double() + exact[:, :, None, None]
+        expected = F.silu(F.group_norm(total, 4, weight.double(), bias.double(), 1e-5))
+        (found,), (truth,) = (torch.autograd.grad(t.square().sum(), s) for t, s in ((y, shift), (expected, exact)))
+        assert y.dtype == own and found.dtype == dtype
+        coarse = max(torch.finfo(own).eps, torch.finfo(dtype).eps)
+        assert (found.double() - truth).norm() <= 4 * coarse * truth.norm()
+
+
+def test_the_gradient_of_the_shift_is_made_only_where_it_is_wanted(monkeypatch):
+    x, weight, bias = layer(2, 8, 6, 6)
+    shift = shift_for(x)
+    both = [t.clone().requires_grad_() for t in (x, shift)]
+    dx, dshift = torch.autograd.grad(
+        group_norm_silu(both[0], 4, weight, bias, 1e-5, shift=both[1]).square().sum(), both
+    )
+    torch.testing.assert_close(dshift, dx.sum((2, 3)), rtol=1e-5, atol=1e-5)
+    alone = shift.clone().requires_grad_()  # x frozen
+    y = group_norm_silu(x, 4, weight, bias, 1e-5, shift=alone)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), alone)[0], dshift)
+    module = importlib.import_module("hypersd.kernels.group_norm_silu")
+    monkeypatch.delattr(module, "_sum_of_pixels")
+    leaf = x.clone().requires_grad_()
+    y = group_norm_silu(leaf, 4, weight, bias, 1e-5, shift=shift)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), leaf)[0], dx)
+
+
 def test_keeps_only_its_input_and_two_numbers_a_group():
     x, weight, bias = layer(3, 8, 10, 10)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5)
-    assert sorted(t.numel() for t in kept) == [8, 8, 12, 12, 2400]
+    for shift, small in ((None, [8, 8, 12, 12]), (shift_for(x), [8, 8, 12, 12, 24])):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5, shift=shift)
+        assert sorted(t.numel() for t in kept) == [*small, 2400]
 
 
 def test_gradients_of_frozen_affine_are_not_made():
@@ -121,6 +213,11 @@ def test_constant_groups_and_numbers_out_of_range():
         ({"num_groups": 3}, ValueError, "num_groups: got 3"),
         ({"weight": torch.ones(4)}, ValueError, r"weight: got shape \(4,\), expected \(8,\)"),
         ({"bias": torch.ones(8, dtype=torch.int32)}, TypeError, "bias: got torch.int32"),
+        ({"shift": torch.ones(8)}, ValueError, r"shift: got shape \(8,\), expected \(2, 8\), one number per sample"),
+        ({"shift": torch.ones(1, 8)}, ValueError, r"shift: got shape \(1, 8\), expected \(2, 8\)"),
+        ({"shift": torch.ones(2, 8, 1, 1)}, ValueError, r"shift: got shape \(2, 8, 1, 1\), expected \(2, 8\)"),
+        ({"shift": torch.ones(2, 8).long()}, TypeError, "shift: got torch.int64"),
+        ({"shift": 1.0}, TypeError, "shift: got float, expected a tensor"),
         ({"x": torch.ones(8)}, ValueError, r"x: got shape \(8,\), expected \(batch, channels"),
         ({"x": torch.ones(2, 8, dtype=torch.long)}, TypeError, "x: got torch.int64"),
     ],

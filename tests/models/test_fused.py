@@ -84,6 +84,9 @@ def test_operators_run_once_each():
         call(fuse(network), x, text)
     names = [func.__name__.split(".")[0] for func, _ in record.calls]
     assert names.count("_group_norm_silu") == norms and names.count("_geglu") == gates
+    blocks = [m for m in network.modules() if type(m) is FusedResnetBlock2D]
+    shifts = [args[6] for func, args in record.calls if "group_norm" in func.__name__ and len(args) > 6]
+    assert [s.shape for s in shifts] == [(2, m.out_channels) for m in blocks]  # the time embeddings, added in norm2
 
 
 @pytest.mark.parametrize("options", [{"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}])
@@ -122,6 +125,7 @@ def test_a_backbone_on_it_has_the_same_roles_and_gradients(order, checkpointing)
     (y, grads, keys, _), (fused_y, fused_grads, fused_keys, backbone) = found
     assert keys == fused_keys
     torch.testing.assert_close(fused_y, y, rtol=1e-4, atol=1e-5)
+    assert any("time_emb_proj" in name and grad.norm() > 0 for name, grad in grads.items())
     for name, grad in grads.items():
         assert ((fused_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7).item(), name
     released = unfuse(backbone.release())
