@@ -58,6 +58,17 @@ HYPERSD_INLINE void dx_row(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRIC
   }
 }
 
+// x + shift of the elements [first, first + count) of a group.
+template <class T, class C>
+HYPERSD_INLINE void add_shift(const T* HYPERSD_RESTRICT x, const C* HYPERSD_RESTRICT shift, int64_t pixels, int64_t first,
+                              int64_t count, C* HYPERSD_RESTRICT sums) {
+  const int64_t end = first + count;
+  for (int64_t i = first; i < end;) {
+    const int64_t c = i / pixels, stop = (c + 1) * pixels < end ? (c + 1) * pixels : end;
+    for (; i < stop; ++i) sums[i - first] = widen(x[i]) + shift[c];
+  }
+}
+
 // Memory of a worker: nothing, or dz of a group, or of a row of it.
 template <class T>
 using Row = Work<T>*;
@@ -69,17 +80,23 @@ HYPERSD_INLINE void outside_forward(const Problem<T>& p, int64_t item, Row<T>) {
   const int64_t channel = item % p.groups * group, row = item / p.groups * p.channels + channel;
   const T* x = p.x + item * width;
   const C* shift = Shift ? p.shift + row : nullptr;
-  const int64_t stretch = Shift ? p.pixels : width;  // without a shift the channels of a group are one
+  C sums[Shift ? kChunk : 1];
   Moments moments;
-  for (int64_t first = 0, count; first < width; first += count) {
-    const int64_t left = stretch - first % stretch;
-    count = left < kChunk ? left : kChunk;
-    const T* HYPERSD_RESTRICT part = x + first;
-    const C mean = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE { return widen(part[i]); }) / count;
-    const C squares = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE {
-      return (widen(part[i]) - mean) * (widen(part[i]) - mean);
-    });
-    moments.add(count, mean + static_cast<double>(shift_of<Shift>(shift, first / p.pixels)), squares);
+  for (int64_t first = 0; first < width; first += kChunk) {
+    const int64_t count = width - first < kChunk ? width - first : kChunk;
+    const auto moments_of = [&](const auto* HYPERSD_RESTRICT part) HYPERSD_LAMBDA_INLINE {
+      const C mean = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE { return widen(part[i]); }) / count;
+      const C squares = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE {
+        return (widen(part[i]) - mean) * (widen(part[i]) - mean);
+      });
+      moments.add(count, mean, squares);
+    };
+    if (Shift) {
+      add_shift<T, C>(x, shift, p.pixels, first, count, sums);
+      moments_of(sums);
+    } else {
+      moments_of(x + first);
+    }
   }
   C mean, rstd;
   moments.finish(p.eps, mean, rstd);

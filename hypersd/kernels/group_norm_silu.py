@@ -85,7 +85,7 @@ def cost(
 
 def reference(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    shift: Tensor | None = None,
+    shift: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The definition, as a residual block writes it."""
     if shift is not None:
@@ -102,7 +102,7 @@ def reference(
 
 def check(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    shift: Tensor | None = None,
+    shift: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise TypeError or ValueError for arguments that group_norm_silu does not take."""
     _rows.check_tensor("x", x)
@@ -176,7 +176,7 @@ def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
 
 def _fallback(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    shift: Tensor | None = None,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     work = _rows.work_dtype(x)
     if not x.numel():
@@ -191,7 +191,7 @@ def _fallback(
 
 def _fake(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    shift: Tensor | None = None,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [x.new_empty((x.shape[0], num_groups), dtype=_rows.work_dtype(x)) for _ in range(2)]
     return _empty_like(x), statistics[0], statistics[1]
@@ -199,7 +199,7 @@ def _fake(
 
 def _reference_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
-    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
+    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     work = mean.dtype
     hat, z = _normalized(_shifted(x, shift), mean, rstd, weight, bias)
@@ -228,7 +228,7 @@ def _reference_backward(
 
 def _fake_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int,
-    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
+    silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     none = [x.new_empty(0) for _ in range(3)]
     dweight, dbias = (
@@ -268,7 +268,7 @@ def _run_cuda_backward(
 
 def _launch(
     run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
-    eps: float, silu: bool, shift: Tensor | None = None,
+    eps: float, silu: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():  # kernels compute in float32
         return _fallback(x, num_groups, weight, bias, eps, silu, shift)
@@ -281,12 +281,12 @@ def _launch(
 
 def _launch_backward(
     run: Callable[..., None], dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, num_groups: int, silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None = None,
+    bias: Tensor | None, num_groups: int, silu: bool, need_x: bool, need_affine: bool, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64 or not x.numel():
         return _reference_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift)
     x, inside = _laid_out(x)
-    outputs = _fake_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine)
+    outputs = _fake_backward(dy, x, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift)
     wanted = (need_x, need_affine and weight is not None, need_affine and bias is not None)
     dx, dweight, dbias = (out if want else None for out, want in zip(outputs, wanted, strict=True))
     weight, bias, shift = (None if t is None else t.contiguous() for t in (weight, bias, shift))
@@ -303,7 +303,7 @@ def _config(x: Tensor, num_groups: int, **others: Any) -> Config:
 BACKWARD = Op(
     "group_norm_silu_backward",
     "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, "
-    "bool need_x, bool need_affine, Tensor? shift=None) -> (Tensor, Tensor, Tensor)",
+    "bool need_x, bool need_affine, Tensor? shift) -> (Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     triton=partial(_launch_backward, _group_norm.backward),
@@ -341,7 +341,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
 
 OP = Op(
     "group_norm_silu",
-    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift=None) -> "
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift) -> "
     "(Tensor, Tensor, Tensor)",
     reference=reference,
     fallback=_fallback,

@@ -36,8 +36,9 @@ BIG: list[tuple[str, str, dict[int, int], bool]] = [
     ("consistency_loss", "odd", {3: 1, 11: 61_400_001}, True),
     ("geglu", "odd", {46: 286_400_002}, True),
     ("geglu", "odd", {5: 31_200_001}, True),
-    ("group_norm_silu", "odd", {3: 300, 10: 20_480, 7: 71}, True),
-    ("group_norm_silu", "odd_last", {3: 300, 10: 20_480, 7: 71}, True),
+    ("group_norm_silu", "odd_alone", {3: 300, 10: 20_480, 7: 71}, True),
+    ("group_norm_silu", "odd_alone_last", {3: 300, 10: 20_480, 7: 71}, True),
+    ("group_norm_silu", "odd", {3: 300, 10: 20_480, 7: 71}, False),  # ATen adds up dx for the gradient of its shift
     ("lora_linear", "odd", {7: 14_601, 13: 49_201}, True),
     ("lora_linear", "odd", {7: 14_601, 11: 49_201}, True),
     ("lora_linear_routed", "odd", {7: 26_281, 13: 16_401}, True),

@@ -188,11 +188,11 @@ def test_keeps_only_its_input_and_two_numbers_a_group():
 
 def test_gradients_of_frozen_affine_are_not_made():
     x, weight, bias = layer(2, 8, 6, 6)
-    out = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-5, True)
+    out = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-5, True, None)
     backward = torch.ops.hypersd.group_norm_silu_backward
-    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, True, False)
+    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, True, False, None)
     assert dx.shape == x.shape and dweight.numel() == dbias.numel() == 0
-    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, False, True)
+    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, False, True, None)
     assert dx.numel() == 0 and dweight.shape == dbias.shape == (8,)
 
 
