@@ -212,14 +212,15 @@ def test_runs_on_the_stream_it_is_called_on(op, device):
 
 
 def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every operator that one forward and backward calls, with its arguments."""
+    """Every operator that one forward and backward calls, with its arguments; not the questions without any that are
+    asked once, of what the machine can do."""
     inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     leaves = list(checks.leaves_of(op, inputs).values())
     with checks.Recorder() as record:
         outs = checks.results(op, inputs)
         if leaves:
             torch.autograd.grad(sum(out.sum() for out in outs.values()), leaves)
-    return record.calls
+    return [(func, args) for func, args in record.calls if args]
 
 
 @on_devices
