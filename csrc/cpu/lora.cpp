@@ -377,7 +377,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
 
 Tensor made(int64_t dim, const int64_t* size, const int64_t* stride, Type type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, size, stride, type_codes().code[static_cast<int>(type)], aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
