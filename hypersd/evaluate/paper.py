@@ -257,6 +257,10 @@ def spread(values: Iterable[float | None], digits: int = 3) -> str:
     return mean if len(found) == 1 else f"{mean} ± {np.std(found, ddof=1):.2g}"
 
 
+def label(method: str, variant: str) -> str:
+    return f"{method} ({variant})" if variant else method
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page, Markdown, of the rows of a Ledger."""
     if not rows:
@@ -269,12 +273,19 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         seeds = sorted({row["seed"] for row in same})
         lines += [
             f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
-            f"{samples:,} pictures a row, features: {features}; mean and standard deviation over the seeds "
-            f"{', '.join(map(str, seeds))}. Written by `hypersd evaluate paper --draw`.",
+            f"{samples:,} pictures a row, features: {features}; "
+            + (f"mean and standard deviation over the seeds {', '.join(map(str, seeds))}" if seeds[1:] else "one seed")
+            + ". Written by `hypersd evaluate paper --draw`.",
             "",
         ]
         for table, title in TABLES.items():
-            lines += _table(title, [row for row in same if row["table"] == table])
+            found = [row for row in same if row["table"] == table]
+            lines += _table(title, found)
+            done = {(row["method"], row["variant"]) for row in found}
+            missing = [
+                label(v.method, v.name) for v in VARIANTS if table in v.tables and (v.method, v.name) not in done
+            ]
+            lines += [f"Not measured: {', '.join(missing)}.", ""] if found and missing else []
     lines += _pairs([row for row in rows if row["table"] == "pairs"])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -289,8 +300,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for steps, method, variant in sorted(keys, key=lambda key: key[0]):
         cell = [row for row in rows if (row["steps"], row["method"], row["variant"]) == (steps, method, variant)]
         values = [spread(row[column] for row in cell) for column in COLUMNS]
-        label = f"{method} ({variant})" if variant else method
-        lines.append(f"| {steps} | {label} | " + " | ".join(values) + f" | {cell[0]['network_evaluations']:,} |")
+        values.append(f"{cell[0]['network_evaluations']:,}")
+        lines.append(f"| {steps} | {label(method, variant)} | " + " | ".join(values) + " |")
     return [*lines, ""]
 
 

@@ -139,6 +139,7 @@ def test_the_page() -> None:
     assert "| 1 | lcm | 9 ± 1.4 | – | 1 ± 0 | 1 ± 0 | 1 ± 0 | 1 ± 0 | 500,000 |" in lines
     assert lines.index("| 2 | lcm | 4 | – | 1 | 1 | 1 | 1 | 500,000 |") > 0
     assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines and "-9" not in page
+    assert "Not measured: teacher, undistilled, tcd, pcm (phases=1), " in page and page.count("Not measured") == 1
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
     with pytest.raises(HypersdError, match="no rows"):
         draw([])
