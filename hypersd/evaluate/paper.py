@@ -277,6 +277,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
             + (f"mean and standard deviation over the seeds {', '.join(map(str, seeds))}" if seeds[1:] else "one seed")
             + ". Written by `hypersd evaluate paper --draw`.",
             "",
+            "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "
+            "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by a few "
+            "trial trainings with another seed on these same captions (docs/measured_facts.md); the other methods have "
+            "had no such choice.",
+            "",
         ]
         for table, title in TABLES.items():
             found = [row for row in same if row["table"] == table]
