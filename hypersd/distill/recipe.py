@@ -76,6 +76,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; None: only measured
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up at the start of each stage
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"  # after it, from there to the stage's last step
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     # what is computed again in backward: nothing, the feed-forward layers (memory for next to no time), every block
     gradient_checkpointing: Literal["none", "feed_forward", "full"] = "feed_forward"

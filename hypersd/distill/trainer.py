@@ -263,7 +263,7 @@ class Trainer:
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
-            self.warm = min(1.0, (self.step + 1) / max(1, train.warmup))
+            self.rate = rate_factor(train.lr_scheduler, self.step, stage.iterations, train.warmup)
             measured, norm = self._optimizer_step(method)
             measures = getattr(method, "measures", {}) | self._auxiliary_steps() | self._look(stage)
             self.log.add(self.stage, stage.name, self.step, measured, norm, started, measures)
@@ -338,7 +338,7 @@ class Trainer:
 
     def _rate(self, own: float | None) -> float:
         stage = self.recipe.stages[self.stage]
-        return (own or stage.learning_rate or self.recipe.train.learning_rate) * self.warm
+        return (own or stage.learning_rate or self.recipe.train.learning_rate) * self.rate
 
     def _accumulate(
         self, optimizer: FlatAdamW, loss: Callable[[Batch, Draw], Tensor], step: int, who: int = 0
@@ -442,6 +442,17 @@ class Trainer:
             files["lora"] = self.result
         for name, role in files.items():
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
+
+
+def rate_factor(kind: str, step: int, steps: int, warmup: int) -> float:
+    """What the learning rate is multiplied by at step `step` of `steps`: up linearly to 1 within `warmup` steps, then
+    constant, or down so that a step after the last would have 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    left = (steps - step) / max(1, steps - warmup)
+    return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def _averaged(stage: BaseStage) -> str:

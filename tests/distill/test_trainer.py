@@ -343,9 +343,17 @@ def test_a_run_goes_back_to_before_a_warning_with_the_remedy(tmp_path: Path, mon
         toy_trainer(calm, tmp_path / "run").run(from_good=True)
 
 
-def test_ema_and_optimizer_follow_the_recipe(tmp_path: Path) -> None:
-    """Three steps recomputed: warm-up, clipping, AdamW with decay, EMA."""
-    train = {"ema_decay": 0.8, "warmup": 4, "clip": 0.05, "weight_decay": 0.1, "betas": [0.8, 0.9], "accumulation": 2}
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ({"warmup": 4}, [1 / 4, 2 / 4, 3 / 4]),
+        ({"warmup": 1, "lr_scheduler": "linear"}, [1, 1, 1 / 2]),
+        ({"lr_scheduler": "cosine"}, [1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_ema_and_optimizer_follow_the_recipe(schedule: dict[str, Any], factors: list[float], tmp_path: Path) -> None:
+    """Three steps recomputed: the learning rate's schedule, clipping, AdamW with decay, EMA."""
+    train = {"ema_decay": 0.8, "clip": 0.05, "weight_decay": 0.1, "betas": [0.8, 0.9], "accumulation": 2} | schedule
     t = toy_trainer(recipe(2, iterations=3, train=train), tmp_path)
     start = weights(t.backbone)
     history, grads, inner = [start], [], t._optimizer_step
@@ -362,7 +370,7 @@ def test_ema_and_optimizer_follow_the_recipe(tmp_path: Path) -> None:
     t.run()
     ema, m, v, w = start, *({k: torch.zeros_like(p) for k, p in start.items()} for _ in range(2)), start
     for step, grad in enumerate(grads, 1):
-        lr = 1e-3 * step / 4
+        lr = 1e-3 * factors[step - 1]
         for k, g in grad.items():
             m[k], v[k] = 0.8 * m[k] + 0.2 * g, 0.9 * v[k] + 0.1 * g**2
             update = (m[k] / (1 - 0.8**step)) / ((v[k] / (1 - 0.9**step)).sqrt() + 1e-8)
