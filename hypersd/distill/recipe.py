@@ -153,6 +153,15 @@ def parse_recipe(document: dict[str, Any], source: str = "recipe") -> Recipe:
         raise _error(f"{source}: {_one_line(error, document)}") from None
 
 
+def completed(document: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that was written down earlier, with the defaults of keys that did not exist yet; one that is no longer
+    valid stays as it is."""
+    try:
+        return parse_recipe(document).model_dump(mode="json")
+    except HypersdError:
+        return document
+
+
 def _error(message: str) -> HypersdError:
     return HypersdError(message, exit_code=2)
 

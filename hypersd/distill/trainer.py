@@ -32,7 +32,7 @@ from hypersd.distill.parts import guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.probe import Probe, alarms
-from hypersd.distill.recipe import Recipe
+from hypersd.distill.recipe import Recipe, completed
 from hypersd.distill.rg_lcd import RGLCD
 from hypersd.distill.stages import (
     BaseStage,
@@ -397,7 +397,7 @@ class Trainer:
     def _load(self, from_good: bool) -> None:
         path, own = good_name(self.checkpoint) if from_good else self.checkpoint, self._identity()
         self.loaded, state = load_checkpoint(path)
-        old, new = state["recipe"], own["recipe"]
+        old, new = completed(state["recipe"]), own["recipe"]
         if from_good:
             old, new = (_begun(recipe, state["stage"], state["step"]) for recipe in (old, new))
         _same_recipe(old, new, path)

@@ -247,6 +247,17 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
         Trainer(r, toy.COMPONENTS, toy.dataset(500), tmp_path, backbone=toy.Mixture(8)).run(resume=True)
 
 
+def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tmp_path: Path) -> None:
+    older = toy_trainer(recipe(2), tmp_path)
+    identity = older._identity()
+    del identity["recipe"]["train"]["lr_scheduler"]
+    older._identity = lambda: identity  # type: ignore[method-assign]
+    older.run()
+    toy_trainer(recipe(2), tmp_path).run(resume=True)
+    with pytest.raises(HypersdError, match="made with train.lr_scheduler = constant, the recipe says linear"):
+        toy_trainer(recipe(2, train={"lr_scheduler": "linear"}), tmp_path).run(resume=True)
+
+
 def test_a_fresh_run_keeps_the_checkpoint_of_an_older_one(tmp_path: Path) -> None:
     toy_trainer(recipe(2), tmp_path).run()
     old = (tmp_path / "checkpoint.safetensors").read_bytes()
