@@ -55,7 +55,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def model_folder(path: str) -> Path:
-    """The folder of a model; "embedded" comes with the package, "embedded-flow" is its twin, once trained."""
+    """The folder of a model; "embedded" and its twin "embedded-flow" come with the package."""
     if not is_embedded(path):
         return Path(path)
     from hypersd import emoji

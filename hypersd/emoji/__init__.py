@@ -21,8 +21,8 @@ def model_folder() -> Path:
 
 def flow_model_folder() -> Path:
     """The flow-matching teacher in the layout of Stable Diffusion 3, put together in the user's cache from its own
-    transformer and the embedded model's other parts. Raises HypersdError where it has not been trained or the cache
-    cannot be written."""
+    transformer and the embedded model's other parts. Raises HypersdError where the cache cannot be
+    written."""
     from hypersd.emoji.flow import assemble
 
     return assemble()
