@@ -188,16 +188,18 @@ def liger_group_norm(op: Op, inputs: dict[str, Any]) -> Runner | None:
     from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
     changed, leaves = with_leaves(op, inputs)
-    names = ("x", "weight", "bias", "shift", "num_groups", "eps")
-    x, weight, bias, shift, groups, eps = (changed[name] for name in names)
+    names = ("x", "weight", "bias", "shift", "residual", "num_groups", "eps")
+    x, weight, bias, shift, residual, groups, eps = (changed[name] for name in names)
     if weight is None or not x.is_contiguous():
         return None
 
-    def call() -> Tensor:
-        z = x.flatten(2) if shift is None else x.flatten(2) + shift[..., None]
+    def call() -> Any:
+        h = x if residual is None else x + residual
+        z = h.flatten(2) if shift is None else h.flatten(2) + shift[..., None]
         # three dimensions: with four its backward writes beside its memory (Liger-Kernel issue 1375)
         y = LigerGroupNormFunction.apply(z, weight, bias, x.shape[1], groups, eps).view_as(x)
-        return F.silu(y) if changed["silu"] else y
+        y = F.silu(y) if changed["silu"] else y
+        return y if residual is None else (y, h)
 
     return Runner(call, leaves)
 

@@ -101,11 +101,11 @@ STABLE_TORCH_LIBRARY_IMPL(hypersd, CPU, m) {
   // geglu_backward(Tensor dy, Tensor x) -> Tensor
   m.impl("geglu_backward", TORCH_BOX(&hypersd::geglu_backward));
 
-  // group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift) -> (Tensor, Tensor, Tensor)
+  // group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift, Tensor? residual) -> (Tensor, Tensor, Tensor, Tensor)
   m.impl("group_norm_silu", TORCH_BOX(&hypersd::group_norm_silu));
   m.impl("_group_norm_silu", TORCH_BOX(&hypersd::group_norm_silu));
 
-  // group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, bool need_x, bool need_affine, Tensor? shift) -> (Tensor, Tensor, Tensor)
+  // group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu, bool need_x, bool need_affine, Tensor? shift, Tensor? dh) -> (Tensor, Tensor, Tensor)
   m.impl("group_norm_silu_backward", TORCH_BOX(&hypersd::group_norm_silu_backward));
 
   // score_gradient(Tensor x, Tensor x_real, Tensor x_fake, Tensor? weight) -> Tensor

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "elementary.h"
 
@@ -23,6 +24,9 @@ struct Problem {
   T* out;                         // y, or dx; null: not wanted
   const C *weight, *bias;         // by channel
   const C* shift;                 // (batch, channels), what is added to x; null: nothing
+  const T* residual;              // forward: h = x + residual, rounded, stands for x; null: x itself does
+  T* h;
+  const T* dh;                    // backward: what is added to dx; null: nothing
   C *mean, *rstd;                 // (batch, groups)
   C *channel_dz, *channel_dzx;    // sums of dz and dz x^ over pixels: (batch, channels), or (batch, pieces, channels)
   C *offset, *slope;              // (batch, groups): dx = rstd w dz - ((x - mean) slope + offset); channels inside alone
@@ -31,7 +35,17 @@ struct Problem {
   C* partial;                     // (batch, pieces, 2, channels): means and squared deviations of a piece by channel
 
   int64_t per_group() const { return channels / groups; }
+  const T* normalized() const { return residual ? h : x; }
 };
+
+// h = x + residual of `count` elements from `at` on; nothing without a residual.
+template <class T>
+HYPERSD_INLINE void add_residual(const Problem<T>& p, int64_t at, int64_t count) {
+  if (!p.residual) return;
+  const T *HYPERSD_RESTRICT x = p.x + at, *HYPERSD_RESTRICT residual = p.residual + at;
+  T* HYPERSD_RESTRICT h = p.h + at;
+  for (int64_t i = 0; i < count; ++i) assign(h[i], widen(x[i]) + widen(residual[i]));
+}
 
 // Chan, Golub and LeVeque: the mean and the sum of squared deviations of two sets together.
 struct Moments {
@@ -68,6 +82,10 @@ HYPERSD_INLINE C derive(C dy, C z) {
   const C s = 1 / one_plus_exp(z);
   return dy * (s * (1 + z * (1 - s)));
 }
+
+// run(std::true_type) or run(std::false_type)
+template <class F>
+HYPERSD_INLINE void with_flag(bool flag, const F& run) { flag ? run(std::true_type{}) : run(std::false_type{}); }
 
 // One function per type and instruction set: NAME(p, i, k), i the task, k its worker's memory. NAME is a template of the
 // type, with HYPERSD_NORM also of whether SiLU follows and whether there is a shift.

@@ -2,8 +2,6 @@
 // channels that are combined at the end. Pieces depend on the shape alone, so the number of threads changes no bit.
 #pragma once
 
-#include <type_traits>
-
 #include "group_norm.h"
 
 namespace hypersd {
@@ -105,20 +103,28 @@ HYPERSD_INLINE void inside_moments(const Problem<T>& p, int64_t item, Vectors<T>
   using C = Work<T>;
   const int64_t channels = p.channels;
   const Piece<T> piece(p, item);
-  const T* x = p.x + piece.start;
+  const T* x = p.normalized() + piece.start;
   C *mean = p.partial + item * 2 * channels, *squares = mean + channels;
+  const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
+    constexpr int kCount = decltype(count)::value;
+    add_residual(p, piece.start + i * channels, kCount * channels);
+    moments_rows<kCount, T, C>(x + i * channels, mean, channels, k.a, k.b);
+  };
   // the first pixels are taken about the mean of a few of them: near enough that squares do not cancel
   const int64_t few = piece.pixels < 8 ? piece.pixels : 8;
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+  add_residual(p, piece.start, few * channels);
   for (int64_t i = 0; i < few; ++i) add_pixel<T, C>(x + i * channels, static_cast<C>(1.0 / few), channels, mean);
   for (int64_t first = 0; first < piece.pixels; first += kPixels) {
     const int64_t stop = piece.pixels - first < kPixels ? piece.pixels : first + kPixels;
     for (int64_t c = 0; c < channels; ++c) k.a[c] = k.b[c] = 0;
     over_pixels(
-        first, stop,
-        [&](int64_t i) HYPERSD_LAMBDA_INLINE { moments_rows<kRows, T, C>(x + i * channels, mean, channels, k.a, k.b); },
-        [&](int64_t i) HYPERSD_LAMBDA_INLINE { moments_rows<1, T, C>(x + i * channels, mean, channels, k.a, k.b); },
-        [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE { fetch(x + i * channels, n * channels); });
+        first, stop, [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, kRows>{}, i); },
+        [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, 1>{}, i); },
+        [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE {
+          fetch(p.x + piece.start + i * channels, n * channels);
+          if (p.residual) fetch(p.residual + piece.start + i * channels, n * channels);
+        });
     join<C>(k.a, k.b, static_cast<double>(first), static_cast<double>(stop - first), channels, mean, squares);
   }
 }
@@ -174,7 +180,7 @@ HYPERSD_INLINE void inside_apply(const Problem<T>& p, int64_t item, Vectors<T> k
   const Piece<T> piece(p, item);
   const int64_t channels = p.channels;
   k.fill(p, piece.sample);
-  const T* x = p.x + piece.start;
+  const T* x = p.normalized() + piece.start;
   T* y = p.out + piece.start;
   const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
     const int64_t at = i * channels;
@@ -278,18 +284,20 @@ HYPERSD_INLINE void inside_finish_sums(const Problem<T>& p, int64_t sample, Vect
   }
 }
 
-// With `Kept` dz lies in dx.
-template <int Rows, class T, bool Silu, bool Shift, bool Kept, class C>
+// With `Kept` dz lies in dx; with `Joined` dh is added.
+template <int Rows, class T, bool Silu, bool Shift, bool Kept, bool Joined, class C>
 HYPERSD_INLINE void dx_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT shift,
                             const C* HYPERSD_RESTRICT mean, const C* HYPERSD_RESTRICT scale,
                             const C* HYPERSD_RESTRICT bias, const C* HYPERSD_RESTRICT slope,
-                            const C* HYPERSD_RESTRICT offset, int64_t channels, T* HYPERSD_RESTRICT dx) {
+                            const C* HYPERSD_RESTRICT offset, const T* HYPERSD_RESTRICT dh, int64_t channels,
+                            T* HYPERSD_RESTRICT dx) {
   for (int64_t c = 0; c < channels; ++c)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * channels + c;
       const C centered = center<Shift>(x[at], shift_of<Shift>(shift, c), mean[c]);
       const C g = Kept ? widen(dx[at]) : derive<Silu>(widen(dy[at]), centered * scale[c] + bias[c]);
-      assign(dx[at], g * scale[c] - (centered * slope[c] + offset[c]));
+      const C own = g * scale[c] - (centered * slope[c] + offset[c]);
+      assign(dx[at], Joined ? own + widen(dh[at]) : own);
     }
 }
 
@@ -302,18 +310,18 @@ HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
   for (int64_t g = 0; g < p.groups; ++g)
     for (int64_t c = g * group; c < (g + 1) * group; ++c)
       k.slope[c] = p.slope[piece.sample * p.groups + g], k.offset[c] = p.offset[piece.sample * p.groups + g];
-  const T *x = p.x + piece.start, *dy = p.dy + piece.start;
+  const T *x = p.x + piece.start, *dy = p.dy + piece.start, *dh = p.dh ? p.dh + piece.start : nullptr;
   T* dx = p.out + piece.start;
   const bool kept = waiting(p);
   const auto rows = [&](auto count, int64_t i) HYPERSD_LAMBDA_INLINE {
     constexpr int kCount = decltype(count)::value;
     const int64_t at = i * channels;
-    const auto make = [&](auto keeps, const T* from) HYPERSD_LAMBDA_INLINE {
-      dx_rows<kCount, T, Silu, Shift, decltype(keeps)::value, C>(x + at, from, k.shift, k.mean, k.scale, p.bias, k.slope,
-                                                                 k.offset, channels, dx + at);
-    };
-    if (kept) make(std::true_type{}, nullptr);
-    else make(std::false_type{}, dy + at);
+    with_flag(kept, [&](auto keeps) HYPERSD_LAMBDA_INLINE {
+      with_flag(dh, [&](auto joins) HYPERSD_LAMBDA_INLINE {
+        dx_rows<kCount, T, Silu, Shift, decltype(keeps)::value, decltype(joins)::value, C>(
+            x + at, dy + at, k.shift, k.mean, k.scale, p.bias, k.slope, k.offset, dh + (dh ? at : 0), channels, dx + at);
+      });
+    });
   };
   over_pixels(
       0, piece.pixels, [&](int64_t i) HYPERSD_LAMBDA_INLINE { rows(std::integral_constant<int, kRows>{}, i); },
@@ -321,6 +329,7 @@ HYPERSD_INLINE void inside_dx(const Problem<T>& p, int64_t item, Vectors<T> k) {
       [&](int64_t i, int64_t n) HYPERSD_LAMBDA_INLINE {
         fetch(x + i * channels, n * channels);
         fetch((kept ? dx : dy) + i * channels, n * channels);
+        if (dh) fetch(dh + i * channels, n * channels);
       });
 }
 

@@ -47,14 +47,16 @@ HYPERSD_INLINE void sum_row(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRI
   sum_dzx += b[0];
 }
 
-// dx = dz scale - ((x + shift - mean) slope + offset), with dz as kept by sum_row (Kept) or from dy
-template <class T, bool Silu, bool Shift, bool Kept, class C>
+// dx = dz scale - ((x + shift - mean) slope + offset), with dz as kept by sum_row (Kept) or from dy; and dh (Joined)
+template <class T, bool Silu, bool Shift, bool Kept, bool Joined, class C>
 HYPERSD_INLINE void dx_row(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT dy, const C* HYPERSD_RESTRICT dz,
-                           C shift, C mean, C scale, C bias, C slope, C offset, int64_t count, T* HYPERSD_RESTRICT dx) {
+                           const T* HYPERSD_RESTRICT dh, C shift, C mean, C scale, C bias, C slope, C offset,
+                           int64_t count, T* HYPERSD_RESTRICT dx) {
   for (int64_t i = 0; i < count; ++i) {
     const C centered = center<Shift>(x[i], shift, mean);
     const C g = Kept ? dz[i] : derive<Silu>(widen(dy[i]), centered * scale + bias);
-    assign(dx[i], g * scale - (centered * slope + offset));
+    const C own = g * scale - (centered * slope + offset);
+    assign(dx[i], Joined ? own + widen(dh[i]) : own);
   }
 }
 
@@ -78,12 +80,13 @@ HYPERSD_INLINE void outside_forward(const Problem<T>& p, int64_t item, Row<T>) {
   using C = Work<T>;
   const int64_t group = p.per_group(), width = group * p.pixels;
   const int64_t channel = item % p.groups * group, row = item / p.groups * p.channels + channel;
-  const T* x = p.x + item * width;
+  const T* x = p.normalized() + item * width;
   const C* shift = Shift ? p.shift + row : nullptr;
   C sums[Shift ? kChunk : 1];
   Moments moments;
   for (int64_t first = 0; first < width; first += kChunk) {
     const int64_t count = width - first < kChunk ? width - first : kChunk;
+    add_residual(p, item * width + first, count);
     const auto moments_of = [&](const auto* HYPERSD_RESTRICT part) HYPERSD_LAMBDA_INLINE {
       const C mean = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE { return widen(part[i]); }) / count;
       const C squares = sum<C>(count, [=](int64_t i) HYPERSD_LAMBDA_INLINE {
@@ -112,7 +115,7 @@ HYPERSD_INLINE void outside_backward(const Problem<T>& p, int64_t item, Row<T> s
   const int64_t group = p.per_group(), width = group * p.pixels;
   const bool kept = Silu && width <= kScratch;
   const int64_t channel = item % p.groups * group, row = item / p.groups * p.channels + channel;
-  const T *x = p.x + item * width, *dy = p.dy + item * width;
+  const T *x = p.x + item * width, *dy = p.dy + item * width, *dh = p.dh ? p.dh + item * width : nullptr;
   const C mean = p.mean[item], rstd = p.rstd[item];
   const C *weight = p.weight + channel, *bias = p.bias + channel, *shift = Shift ? p.shift + row : nullptr;
   double offset = 0, slope = 0;
@@ -131,10 +134,12 @@ HYPERSD_INLINE void outside_backward(const Problem<T>& p, int64_t item, Row<T> s
     const int64_t at = c * p.pixels;
     T* dx = p.out + item * width + at;
     const C scale = rstd * weight[c], add = shift_of<Shift>(shift, c);
-    if (kept)
-      dx_row<T, Silu, Shift, true, C>(x + at, dy + at, scratch + at, add, mean, scale, bias[c], b, a, p.pixels, dx);
-    else
-      dx_row<T, Silu, Shift, false, C>(x + at, dy + at, nullptr, add, mean, scale, bias[c], b, a, p.pixels, dx);
+    with_flag(kept, [&](auto keeps) HYPERSD_LAMBDA_INLINE {
+      with_flag(dh, [&](auto joins) HYPERSD_LAMBDA_INLINE {
+        dx_row<T, Silu, Shift, decltype(keeps)::value, decltype(joins)::value, C>(
+            x + at, dy + at, scratch + (kept ? at : 0), dh + (dh ? at : 0), add, mean, scale, bias[c], b, a, p.pixels, dx);
+      });
+    });
   }
 }
 

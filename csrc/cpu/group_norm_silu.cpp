@@ -1,5 +1,5 @@
 // GroupNorm, then SiLU: x^ = (x - mean) rstd per sample and group, z = w x^ + b per channel, y = z sigmoid(z). With a
-// shift, a number per sample and channel, x + shift stands for x.
+// shift, a number per sample and channel, x + shift stands for x; with a residual h = x + residual does, and is kept.
 #include <vector>
 
 #include "group_norm_inside.h"
@@ -73,6 +73,8 @@ template <class T>
 constexpr Type kTypeOf = TypeOf<T>::value;
 template <>
 constexpr Type kTypeOf<BFloat> = Type::bfloat16;
+template <>
+constexpr Type kTypeOf<Half> = Type::float16;
 
 template <class T>
 Problem<T> problem(const Layout& layout, int64_t groups, bool silu) {
@@ -140,6 +142,13 @@ void over_samples(const Problem<T>& p, const F& first, const F& finish, const F&
   });
 }
 
+constexpr int64_t kNone = 0, kOne = 1;
+View no_elements(const View& like) {
+  View empty = like;
+  empty.dim = 1, empty.size = &kNone, empty.stride = &kOne;
+  return empty;
+}
+
 Tensor empty_2d(const View& like, int64_t rows, int64_t columns, Type type) {
   const int64_t size[2] = {rows, columns}, stride[2] = {columns > 0 ? columns : 1, 1};
   View shape = like;
@@ -147,20 +156,59 @@ Tensor empty_2d(const View& like, int64_t rows, int64_t columns, Type type) {
   return empty_strided(shape, stride, type);
 }
 
+HYPERSD_INLINE void add_halves_body(const Half* HYPERSD_RESTRICT x, const Half* HYPERSD_RESTRICT residual, int64_t count,
+                                    Half* HYPERSD_RESTRICT h, float* HYPERSD_RESTRICT wide) {
+  for (int64_t i = 0; i < count; ++i) {
+    Half sum;
+    assign(sum, widen(x[i]) + widen(residual[i]));
+    h[i] = sum;
+    wide[i] = widen(sum);
+  }
+}
+HYPERSD_KERNEL(add_halves, (const Half* x, const Half* residual, int64_t count, Half* h, float* wide),
+               (x, residual, count, h, wide))
+
+// float16 is computed as a float32 copy: h = x + residual, and the copy of it.
+Tensor sum_of_halves(const Tensor& x, const Tensor& residual, const View& wanted, const Tensor& h) {
+  const Tensor one = as<Half>(x, wanted), other = as<Half>(residual, wanted), wide = empty_as<float>(wanted);
+  const Half *a = reinterpret_cast<Half*>(data_of(one)), *b = reinterpret_cast<Half*>(data_of(other));
+  Half* sum = reinterpret_cast<Half*>(data_of(h));
+  float* copy = reinterpret_cast<float*>(data_of(wide));
+  over_elements(wanted.numel, [&](int64_t begin, int64_t end) {
+    add_halves(a + begin, b + begin, end - begin, sum + begin, copy + begin);
+  });
+  return wide;
+}
+
+// (y, h, mean, rstd)
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Layout& layout, int64_t groups,
-                                           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                           double eps, bool silu, const std::optional<Tensor>& shift) {
+Forward forward(const Tensor& x, const Layout& layout, int64_t groups, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias, double eps, bool silu, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& residual) {
   using C = Work<T>;
   Problem<T> p = problem<T>(layout, groups, silu);
-  const View wanted = layout.wanted();
+  const View wanted = layout.wanted(), kept = residual ? wanted : no_elements(wanted);
+  const Type type = layout.view.type;
+  if (residual) {
+    const View other(*residual);
+    STD_TORCH_CHECK(other.same_size(layout.view) && other.type == type && residual->is_cpu(),
+                    "residual: expected the shape and dtype of x, and a CPU tensor");
+  }
   Tensor mean = empty_2d(layout.view, p.batch, groups, kTypeOf<C>);
   Tensor rstd = empty_2d(layout.view, p.batch, groups, kTypeOf<C>);
   const std::vector<C> w = by_channel<C>(weight, "weight", p.channels, 1), b = by_channel<C>(bias, "bias", p.channels, 0);
   const std::vector<C> s = by_sample<C>(shift, p.batch, p.channels);
-  Tensor y = empty_as<T>(wanted);
-  if (layout.view.numel == 0) return {finished<T>(y, wanted, layout.view.type), mean, rstd};
-  const Tensor in = as<T>(x, wanted);
+  Tensor y = empty_as<T>(wanted), h = empty_strided(kept, kept.stride, type);
+  if (layout.view.numel == 0) return {finished<T>(y, wanted, type), h, mean, rstd};
+  const bool halves = residual && type == Type::float16;
+  const Tensor in = halves ? sum_of_halves(x, *residual, wanted, h) : as<T>(x, wanted);
+  std::optional<Tensor> added;
+  if (residual && !halves) {
+    added = as<T>(*residual, wanted);
+    p.residual = reinterpret_cast<const T*>(data_of(*added)), p.h = reinterpret_cast<T*>(data_of(h));
+  }
   p.x = reinterpret_cast<const T*>(data_of(in)), p.out = reinterpret_cast<T*>(data_of(y)), p.eps = eps;
   p.weight = w.data(), p.bias = b.data(), p.shift = shift ? s.data() : nullptr;
   p.mean = reinterpret_cast<C*>(data_of(mean)), p.rstd = reinterpret_cast<C*>(data_of(rstd));
@@ -171,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Layout& layout
     p.partial = partial.data();
     over_samples<T, Step<T>>(p, run_inside_moments, run_inside_finish, run_inside_apply);
   }
-  return {finished<T>(y, wanted, layout.view.type), mean, rstd};
+  return {finished<T>(y, wanted, type), h, mean, rstd};
 }
 
 // Rows of sums by channel -> one gradient of the type of `like`, added up in double and in order.
@@ -193,7 +241,8 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Layout& layout, const Tensor& mean,
                                             const Tensor& rstd, const std::optional<Tensor>& weight,
                                             const std::optional<Tensor>& bias, int64_t groups, bool silu, bool need_x,
-                                            bool need_affine, const std::optional<Tensor>& shift) {
+                                            bool need_affine, const std::optional<Tensor>& shift,
+                                            const std::optional<Tensor>& dh) {
   using C = Work<T>;
   Problem<T> p = problem<T>(layout, groups, silu);
   const View wanted = layout.wanted(), upstream(dy), m(mean), r(rstd);
@@ -201,9 +250,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   STD_TORCH_CHECK(m.type == kTypeOf<C> && r.type == m.type && m.numel == p.batch * groups && r.numel == m.numel &&
                       mean.is_contiguous() && rstd.is_contiguous(),
                   "mean, rstd: not those of the forward pass");
-  const int64_t none = 0, one = 1;
-  View empty = layout.view;
-  empty.dim = 1, empty.size = &none, empty.stride = &one;
+  if (dh) {
+    const View other(*dh);
+    STD_TORCH_CHECK(other.same_size(layout.view) && other.type != Type::other, "dh: its shape is not that of x");
+  }
+  const View empty = no_elements(layout.view);
   Tensor dx = empty_as<T>(need_x ? wanted : empty);
   const std::vector<C> w = by_channel<C>(weight, "weight", p.channels, 1), b = by_channel<C>(bias, "bias", p.channels, 0);
   const std::vector<C> s = by_sample<C>(shift, p.batch, p.channels);
@@ -211,6 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   std::vector<C> channel_dz(rows * p.channels), channel_dzx(rows * p.channels), slope, offset;
   if (layout.view.numel) {
     const Tensor in = as<T>(x, wanted), grad = as<T>(dy, wanted);
+    std::optional<Tensor> joined;
+    if (dh && need_x) {
+      joined = as<T>(*dh, wanted);
+      p.dh = reinterpret_cast<const T*>(data_of(*joined));
+    }
     p.x = reinterpret_cast<const T*>(data_of(in)), p.dy = reinterpret_cast<const T*>(data_of(grad));
     p.out = need_x ? reinterpret_cast<T*>(data_of(dx)) : nullptr;
     p.weight = w.data(), p.bias = b.data(), p.shift = shift ? s.data() : nullptr;
@@ -229,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     }
   }
   const auto gradient = [&](const std::optional<Tensor>& like, const std::vector<C>& sums) {
-    if (!need_affine || !like) return empty_strided(empty, &one, layout.view.type);
+    if (!need_affine || !like) return empty_strided(empty, &kOne, layout.view.type);
     return column_sums(sums, p.channels, layout.view, type_of(*like));
   };
   dx = finished<T>(dx, need_x ? wanted : empty, layout.view.type);
@@ -248,22 +304,26 @@ auto by_type(const Layout& layout, const F& run) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
-                                                   std::optional<Tensor> bias, double eps, bool silu,
-                                                   std::optional<Tensor> shift) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
+                                                           std::optional<Tensor> bias, double eps, bool silu,
+                                                           std::optional<Tensor> shift,
+                                                           std::optional<Tensor> residual) {
   const Layout layout(x);
   STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps: expected a number of at least 0");
-  return by_type(
-      layout, [&](auto t) { return forward<decltype(t)>(x, layout, num_groups, weight, bias, eps, silu, shift); });
+  return by_type(layout, [&](auto t) {
+    return forward<decltype(t)>(x, layout, num_groups, weight, bias, eps, silu, shift, residual);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
                                                             std::optional<Tensor> weight, std::optional<Tensor> bias,
                                                             int64_t num_groups, bool silu, bool need_x,
-                                                            bool need_affine, std::optional<Tensor> shift) {
+                                                            bool need_affine, std::optional<Tensor> shift,
+                                                            std::optional<Tensor> dh) {
   const Layout layout(x);
   return by_type(layout, [&](auto t) {
-    return backward<decltype(t)>(dy, x, layout, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift);
+    return backward<decltype(t)>(dy, x, layout, mean, rstd, weight, bias, num_groups, silu, need_x, need_affine, shift,
+                                 dh);
   });
 }
 

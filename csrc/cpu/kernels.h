@@ -30,13 +30,15 @@ std::tuple<Tensor, Tensor> clip_coefficient(Tensor grad, double max_norm);
 Tensor geglu(Tensor x);
 Tensor geglu_backward(Tensor dy, Tensor x);
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
-                                                   std::optional<Tensor> bias, double eps, bool silu,
-                                                   std::optional<Tensor> shift);
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
+                                                           std::optional<Tensor> bias, double eps, bool silu,
+                                                           std::optional<Tensor> shift,
+                                                           std::optional<Tensor> residual);
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
                                                             std::optional<Tensor> weight, std::optional<Tensor> bias,
                                                             int64_t num_groups, bool silu, bool need_x,
-                                                            bool need_affine, std::optional<Tensor> shift);
+                                                            bool need_affine, std::optional<Tensor> shift,
+                                                            std::optional<Tensor> dh);
 
 int64_t lora_rows_dtypes();
 std::tuple<Tensor, Tensor> lora_rows(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor b,

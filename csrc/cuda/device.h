@@ -73,12 +73,25 @@ __device__ inline void write(void* p, Type type, int64_t i, float v) {
   }
 }
 
+__device__ inline float rounded(float v, Type type) {
+  switch (type) {
+    case Type::float16: return widen(narrow(v, Half{}));
+    case Type::bfloat16: return widen(narrow(v, BFloat{}));
+    default: return v;
+  }
+}
+
 struct Single {
   using Raw = float;
   static constexpr int N = 1;
   __device__ static Raw fetch(const void* p, Type type, int64_t i) { return read(p, type, i); }
   __device__ static void unpack(const Raw& raw, float (&v)[N]) { v[0] = raw; }
   __device__ static void store(void* p, Type type, int64_t i, const float (&v)[N]) { write(p, type, i, v[0]); }
+  // Stores v and makes it what a fetch would then give.
+  __device__ static Raw store_rounded(void* p, Type type, int64_t i, const float (&v)[N]) {
+    write(p, type, i, v[0]);
+    return rounded(v[0], type);
+  }
 };
 
 template <class T>
@@ -97,9 +110,13 @@ struct Wide {
     }
   }
   __device__ static void store(void* p, Type, int64_t i, const float (&v)[N]) {
-    __stwb(reinterpret_cast<uint4*>(static_cast<T*>(p) + i),  // an assignment may become four stores of 32 bits
-           uint4{narrow_two(v[0], v[1], T{}), narrow_two(v[2], v[3], T{}), narrow_two(v[4], v[5], T{}),
-                 narrow_two(v[6], v[7], T{})});
+    store_rounded(p, Type::other, i, v);
+  }
+  __device__ static Raw store_rounded(void* p, Type, int64_t i, const float (&v)[N]) {
+    const Raw raw{narrow_two(v[0], v[1], T{}), narrow_two(v[2], v[3], T{}), narrow_two(v[4], v[5], T{}),
+                  narrow_two(v[6], v[7], T{})};
+    __stwb(reinterpret_cast<uint4*>(static_cast<T*>(p) + i), raw);  // an assignment may become four stores of 32 bits
+    return raw;
   }
 };
 
@@ -114,7 +131,12 @@ struct Wide<float> {
     v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
   }
   __device__ static void store(void* p, Type, int64_t i, const float (&v)[N]) {
-    __stwb(reinterpret_cast<float4*>(static_cast<float*>(p) + i), float4{v[0], v[1], v[2], v[3]});
+    store_rounded(p, Type::other, i, v);
+  }
+  __device__ static Raw store_rounded(void* p, Type, int64_t i, const float (&v)[N]) {
+    const Raw raw{v[0], v[1], v[2], v[3]};
+    __stwb(reinterpret_cast<float4*>(static_cast<float*>(p) + i), raw);
+    return raw;
   }
 };
 

@@ -51,23 +51,23 @@ __device__ inline int64_t offset(const GroupNorm& p, const Place& at, int c, int
   return base + (p.inside ? static_cast<int64_t>(i) * p.channels + c * A::N : static_cast<int64_t>(c) * p.pixels + i * A::N);
 }
 
-// visit(x, dy, i) for the thread's pixel slots of channel slot c; dy is loaded with Both alone.
+// visit(x, other, i) for the thread's pixel slots of channel slot c; `other` is loaded with Both alone.
 template <class A, bool Both, class F>
-__device__ inline void over_pixels(const GroupNorm& p, const Place& at, int c, const F& visit) {
+__device__ inline void over_pixels(const GroupNorm& p, const Place& at, int c, const void* other, const F& visit) {
   constexpr int kLoads = Both ? kBatch / 2 : kBatch;
   const int step = p.pixel_threads;
   for (int i = at.begin + at.pixel_thread; i < at.end; i += kLoads * step) {
-    typename A::Raw x[kLoads], dy[kLoads];
+    typename A::Raw x[kLoads], beside[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       if (i + j * step >= at.end) continue;
       const int64_t from = offset<A>(p, at, c, i + j * step);
       x[j] = A::fetch(p.x, p.type, from);
-      if (Both) dy[j] = A::fetch(p.dy, p.type, from);
+      if (Both) beside[j] = A::fetch(other, p.type, from);
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j)
-      if (i + j * step < at.end) visit(x[j], dy[j], i + j * step);
+      if (i + j * step < at.end) visit(x[j], beside[j], i + j * step);
   }
 }
 

@@ -1,4 +1,5 @@
 // y = silu(z), z = (x + shift - mean) rstd weight + bias: one pass where a cluster of blocks can hold its groups, else two.
+// With a residual h = x + residual is written by the pass that takes the statistics, and stands for x from then on.
 #include <algorithm>
 
 #include "group_norm.h"
@@ -6,9 +7,20 @@
 namespace hypersd {
 namespace {
 
+// x + residual, rounded: stored, and as a fetch would give it.
+template <class A>
+__device__ inline typename A::Raw add_residual(const GroupNorm& p, const typename A::Raw& x, const typename A::Raw& residual,
+                                               int64_t to) {
+  float v[A::N], r[A::N];
+  A::unpack(x, v), A::unpack(residual, r);
+#pragma unroll
+  for (int e = 0; e < A::N; ++e) v[e] += r[e];
+  return A::store_rounded(p.h, p.type, to, v);
+}
+
 // Mean (of x + shift) and squared deviations of every channel of the block's tile, into `means` and `squares`; keep(x, c,
 // i) sees each slot. A thread's own by Welford's recurrence, then together (Chan, Golub and LeVeque).
-template <class A, class Keep>
+template <class A, bool Residual, class Keep>
 __device__ inline void moments(const GroupNorm& p, const Place& at, float* memory, const Keep& keep, float* means,
                                float* squares) {
   Table table(p, memory);
@@ -23,9 +35,10 @@ __device__ inline void moments(const GroupNorm& p, const Place& at, float* memor
     if (at.works && c < at.slots) {
       float mean[A::N] = {}, square[A::N] = {};
       int seen = 0;
-      over_pixels<A, false>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw&, int i) {
-        keep(x, c, i);
+      over_pixels<A, Residual>(p, at, at.first + c, p.residual, [&](typename A::Raw x, const typename A::Raw& r, int i) {
         float v[A::N];
+        if (Residual) x = add_residual<A>(p, x, r, offset<A>(p, at, at.first + c, i));
+        keep(x, c, i);
         A::unpack(x, v);
         const float share = 1.0f / static_cast<float>(++seen);
 #pragma unroll
@@ -82,7 +95,7 @@ __device__ inline void normalize(const GroupNorm& p, const Affine<A>& k, const t
 // ----------------------------------------------------------------------------------------------------------- one pass
 
 // A cluster (before sm_90: a block) has whole groups of one sample, each of its blocks a chunk of their pixels.
-template <class A>
+template <class A, bool Residual>
 __global__ void __launch_bounds__(kMostThreads, 1) one_pass_kernel(GroupNorm p) {
   const Place at = place(p);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
@@ -92,7 +105,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) one_pass_kernel(GroupNorm p) 
   float *squares = means + channels, *group_mean = squares + channels, *group_rstd = group_mean + groups;
   const int step_c = p.inside ? 1 : p.chunk, step_i = p.inside ? p.slab : 1;
   const auto keep = [&](const typename A::Raw& x, int c, int i) { kept[c * step_c + (i - at.begin) * step_i] = x; };
-  moments<A>(p, at, group_rstd + groups, keep, means, squares);
+  moments<A, Residual>(p, at, group_rstd + groups, keep, means, squares);
   cluster_arrive(), cluster_wait();
 
   const int first_channel = at.first * p.lanes;
@@ -127,12 +140,12 @@ __global__ void __launch_bounds__(kMostThreads, 1) one_pass_kernel(GroupNorm p) 
 
 // ---------------------------------------------------------------------------------------------------------- two passes
 
-template <class A>
+template <class A, bool Residual>
 __global__ void __launch_bounds__(kTileThreads, 2) moments_kernel(GroupNorm p) {
   const Place at = place(p);
   float* means = p.partial + (at.sample * p.chunks + at.chunk) * 2 * p.channels + at.first * p.lanes;
   const auto keep = [](const typename A::Raw&, int, int) {};
-  moments<A>(p, at, reinterpret_cast<float*>(shared_memory()), keep, means, means + p.channels);
+  moments<A, Residual>(p, at, reinterpret_cast<float*>(shared_memory()), keep, means, means + p.channels);
 }
 
 // One block per sample and group: the moments of its tiles together.
@@ -163,7 +176,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) apply_kernel(GroupNorm p) {
   const float *mean = p.mean + at.sample * p.groups, *rstd = p.rstd + at.sample * p.groups;
   for (int c = at.channel_thread; at.works && c < at.slots; c += p.channel_threads) {
     const Affine<A> k(p, at, at.first + c, 0, mean, rstd);
-    over_pixels<A, false>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw&, int i) {
+    over_pixels<A, false>(p, at, at.first + c, nullptr, [&](const typename A::Raw& x, const typename A::Raw&, int i) {
       normalize<A>(p, k, x, offset<A>(p, at, at.first + c, i));
     });
   }
@@ -213,7 +226,9 @@ bool plan_one_pass(GroupNormPlan& plan, const Device& device) {
 
 GroupNormPlan plan_group_norm(GroupNorm p, const Device& device, bool forward) {
   const int n = per_vector(p.type);
-  const bool wide = (p.inside ? p.channels : p.pixels) % n == 0 && aligned(p.x) && aligned(p.dy) && aligned(p.out);
+  bool wide = (p.inside ? p.channels : p.pixels) % n == 0;
+  for (const void* t : {p.x, p.residual, static_cast<const void*>(p.h), p.dy, p.dh, static_cast<const void*>(p.out)})
+    wide = wide && aligned(t);
   p.lanes = wide && p.inside ? n : 1;
   p.per_slot = wide && !p.inside ? n : 1;
   p.channel_slots = p.channels / p.lanes;
@@ -240,11 +255,13 @@ void group_norm_silu(const GroupNormPlan& plan, void* stream) {
     using A = decltype(access);
     if (plan.one_pass) {
       tiles.cluster = p.chunks;
-      return launch(tiles, one_pass_kernel<A>, p);
+      return launch(tiles, p.residual ? one_pass_kernel<A, true> : one_pass_kernel<A, false>, p);
     }
-    launch(tiles, moments_kernel<A>, p);
+    launch(tiles, p.residual ? moments_kernel<A, true> : moments_kernel<A, false>, p);
     launch({p.batch * p.groups, kFinishThreads, stream, kFinishThreads / 32 * 4}, finish_moments_kernel, p);
-    launch(tiles, apply_kernel<A>, p);
+    GroupNorm normalized = p;
+    if (p.residual) normalized.x = p.h;
+    launch(tiles, apply_kernel<A>, normalized);
   });
 }
 

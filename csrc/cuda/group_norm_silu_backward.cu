@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sums_kernel(GroupNorm p) {
     if (at.works && c < at.slots) {
       const Affine<A> k(p, at, at.first + c, 0, p.mean + at.sample * p.groups, p.rstd + at.sample * p.groups);
       float level[A::N] = {}, tilt[A::N] = {};
-      over_pixels<A, true>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw& dy, int) {
+      over_pixels<A, true>(p, at, at.first + c, p.dy, [&](const typename A::Raw& x, const typename A::Raw& dy, int) {
         float v[A::N], d[A::N];
         A::unpack(x, v), A::unpack(dy, d);
 #pragma unroll
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kColumns* kRows) channel_sums_kernel(GroupNorm
   if (p.dweight) write(p.dweight, p.weight_type, channel, weight);
 }
 
-template <class A>
+// With Joined dh is added.
+template <class A, bool Joined>
 __global__ void __launch_bounds__(kTileThreads, 2) dx_kernel(GroupNorm p) {
   const Place at = place(p);
   const int64_t items = at.sample * p.groups;
@@ -110,15 +111,18 @@ __global__ void __launch_bounds__(kTileThreads, 2) dx_kernel(GroupNorm p) {
       level[e] = p.level[items + group];
       tilt[e] = p.tilt[items + group];
     }
-    over_pixels<A, true>(p, at, at.first + c, [&](const typename A::Raw& x, const typename A::Raw& dy, int i) {
-      float v[A::N], d[A::N];
+    over_pixels<A, true>(p, at, at.first + c, p.dy, [&](const typename A::Raw& x, const typename A::Raw& dy, int i) {
+      const int64_t to = offset<A>(p, at, at.first + c, i);
+      float v[A::N], d[A::N], joined[A::N];
       A::unpack(x, v), A::unpack(dy, d);
+      if (Joined) A::unpack(A::fetch(p.dh, p.type, to), joined);
 #pragma unroll
       for (int e = 0; e < A::N; ++e) {
         const float centered = k.center(v[e], e), scale = k.rstd[e] * k.weight[e];
         v[e] = derive(p, d[e], centered * scale + k.bias[e]) * scale - (centered * tilt[e] + level[e]);
+        if (Joined) v[e] += joined[e];
       }
-      A::store(p.out, p.type, offset<A>(p, at, at.first + c, i), v);
+      A::store(p.out, p.type, to, v);
     });
   }
 }
@@ -133,7 +137,7 @@ void group_norm_silu_backward(const GroupNormPlan& plan, void* stream) {
     launch(tiles, sums_kernel<A>, p);
     if (p.out) {
       launch({p.batch * p.groups, kFinishThreads, stream, kFinishThreads / 32 * 4}, finish_sums_kernel, p);
-      launch(tiles, dx_kernel<A>, p);
+      launch(tiles, p.dh ? dx_kernel<A, true> : dx_kernel<A, false>, p);
     }
   });
   if (p.dweight || p.dbias)

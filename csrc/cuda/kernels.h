@@ -61,6 +61,9 @@ void adamw_ema_(const AdamwEma& p, void* stream);
 struct GroupNorm {
   const void *x, *dy, *weight, *bias;  // dy of the type of x; weight and bias null: 1 and 0
   const void* shift;                   // (batch, channels), added to x; null: nothing
+  const void* residual;                // forward: h = x + residual, rounded, stands for x; null: x itself does
+  void* h;
+  const void* dh;                      // backward: added to dx; null: nothing. All three of the type of x
   Type type, weight_type, bias_type, shift_type;
   void* out;  // y or dx
   float *mean, *rstd;

@@ -192,10 +192,14 @@ GroupNorm group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
 }
 
 void group_norm_silu_cuda(Tensor x, Tensor y, Tensor mean, Tensor rstd, Optional weight, Optional bias, Optional shift,
-                          double eps, bool silu, bool inside) {
+                          Optional residual, Optional h, double eps, bool silu, bool inside) {
+  STD_TORCH_CHECK(!residual || (h && type_of(*residual) == type_of(x) && type_of(*h) == type_of(x)),
+                  "residual: expected the dtype of x, and h of it");
   void* stream = stream_of(x);
   GroupNorm p = group_norm(x, mean, rstd, weight, bias, shift, silu, inside);
   p.out = data(y);
+  p.residual = data(residual);
+  p.h = data(h);
   p.eps = static_cast<float>(eps);
   GroupNormPlan plan = plan_group_norm(p, Device::current(), true);
   const Tensor partial = scratch(x, plan.partials());
@@ -204,12 +208,13 @@ void group_norm_silu_cuda(Tensor x, Tensor y, Tensor mean, Tensor rstd, Optional
 }
 
 void group_norm_silu_backward_cuda(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Optional weight, Optional bias,
-                                   Optional shift, bool silu, bool inside, Optional dx, Optional dweight,
+                                   Optional shift, Optional dh, bool silu, bool inside, Optional dx, Optional dweight,
                                    Optional dbias) {
-  STD_TORCH_CHECK(type_of(dy) == type_of(x), "dy: expected the dtype of x");
+  STD_TORCH_CHECK(type_of(dy) == type_of(x) && (!dh || type_of(*dh) == type_of(x)), "dy, dh: expected the dtype of x");
   void* stream = stream_of(x);
   GroupNorm p = group_norm(x, mean, rstd, weight, bias, shift, silu, inside);
   p.dy = data(dy);
+  p.dh = data(dh);
   p.out = data(dx);
   p.dweight = data(dweight);
   p.dbias = data(dbias);
@@ -239,9 +244,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
         "float step, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay, "
         "Tensor(e!)? shadow, Tensor? clip, Tensor? step_tensor, Tensor? lr_tensor) -> ()");
   m.def("_group_norm_silu_cuda(Tensor x, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor? weight, Tensor? bias, "
-        "Tensor? shift, float eps, bool silu, bool inside) -> ()");
+        "Tensor? shift, Tensor? residual, Tensor(d!)? h, float eps, bool silu, bool inside) -> ()");
   m.def("_group_norm_silu_backward_cuda(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-        "Tensor? shift, bool silu, bool inside, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
+        "Tensor? shift, Tensor? dh, bool silu, bool inside, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {

@@ -75,11 +75,18 @@ def _derive(dy, z, SILU: tl.constexpr):
 
 @jit(do_not_specialize=("chunks",))
 def _moments_kernel(
-    x, shift, partial, chunks, channels, pixels, stride_pixel, stride_channel, BP: tl.constexpr, BC: tl.constexpr
-):
-    """Mean and squared deviations of every channel of a tile, the mean that of x + shift."""
+    x, residual, h, shift, partial, chunks, channels, pixels, stride_pixel, stride_channel,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviations of every channel of a tile, the mean that of x + shift; with a residual those of
+    h = x + residual as it is rounded, which is written."""
     sample, channel, inside, offset, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + offset, mask=valid, other=0.0).to(tl.float32)
+        rounded = value.to(h.dtype.element_ty)
+        tl.store(h + offset, rounded, mask=valid)
+        value = rounded.to(tl.float32)
     count = tl.minimum(pixels - (tl.program_id(0) % chunks) * BP, BP)
     mean = tl.sum(value, axis=0) / count
     deviation = tl.where(valid, value - mean[None, :], 0.0)
@@ -197,9 +204,10 @@ def _channel_sums_kernel(partial, dweight, dbias, rows, channels, BR: tl.constex
 
 @jit(do_not_specialize=("chunks", "groups"))
 def _dx_kernel(
-    x, dy, dx, mean, rstd, weight, bias, shift, offset, slope, chunks, channels, groups, pixels, stride_pixel,
+    x, dy, dh, dx, mean, rstd, weight, bias, shift, offset, slope, chunks, channels, groups, pixels, stride_pixel,
     stride_channel, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """dx of a tile, and dh added to it where there is one."""
     sample, channel, inside, at, valid = _tile(chunks, channels, pixels, stride_pixel, stride_channel, BP, BC)
     mu, inverse, scale, base = _affine(sample, channel, inside, mean, rstd, weight, bias, channels, groups)
     item = sample * groups + channel // (channels // groups)
@@ -209,6 +217,8 @@ def _dx_kernel(
     z = centered * (inverse * scale) + base
     dz = _derive(tl.load(dy + at, mask=valid, other=0.0).to(tl.float32), z, SILU)
     value = dz * (inverse * scale) - (centered * tilt + level)
+    if dh is not None:
+        value += tl.load(dh + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=valid)
 
 
@@ -271,20 +281,21 @@ def grid(x: Tensor, num_groups: int, inside: bool) -> Grid:
 
 def forward(
     x: Tensor, y: Tensor, num_groups: int, inside: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-    silu: bool, shift: Tensor | None,
+    silu: bool, shift: Tensor | None, residual: Tensor | None, h: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills y, which lies as x does; returns (mean, rstd)."""
+    """Fills y, and h where there is a residual; all lie as x does. Returns (mean, rstd)."""
     g = grid(x, num_groups, inside)
     mean, rstd = (torch.empty((g.batch, g.groups), dtype=torch.float32, device=x.device) for _ in range(2))
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     sizes = (g.pixels, *g.strides)
-    _moments_kernel[g.tiles](x, shift, partial, g.chunks, g.channels, *sizes, **g.options)
+    _moments_kernel[g.tiles](x, residual, h, shift, partial, g.chunks, g.channels, *sizes, **g.options)
     _finish_moments_kernel[(g.batch * g.groups,)](
         partial, mean, rstd, g.chunks, g.channels, g.groups, g.pixels, eps,
         BP=g.config.blocks["BP"], BLOCK=FINISH, num_warps=4,
     )  # fmt: skip
+    normalized = x if h is None else h
     _apply_kernel[g.tiles](
-        x, y, mean, rstd, weight, bias, shift, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
+        normalized, y, mean, rstd, weight, bias, shift, g.chunks, g.channels, g.groups, *sizes, SILU=silu, **g.options
     )
     return mean, rstd
 
@@ -292,9 +303,9 @@ def forward(
 def backward(
     x: Tensor, dy: Tensor, dx: Tensor | None, num_groups: int, inside: bool, mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, silu: bool,
-    shift: Tensor | None,
+    shift: Tensor | None, dh: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills dx, dweight and dbias where given; dy and dx lie as x does."""
+    """Fills dx, dweight and dbias where given; dy, dh and dx lie as x does."""
     g = grid(x, num_groups, inside)
     partial = torch.empty((g.batch * g.chunks, 2, g.channels), dtype=torch.float32, device=x.device)
     offset, slope = torch.empty_like(mean), torch.empty_like(mean)
@@ -305,7 +316,7 @@ def backward(
             partial, rstd, weight, offset, slope, *sizes, BLOCK=FINISH, num_warps=4
         )
         _dx_kernel[g.tiles](
-            x, dy, dx, mean, rstd, weight, bias, shift, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
+            x, dy, dh, dx, mean, rstd, weight, bias, shift, offset, slope, *sizes, *g.strides, SILU=silu, **g.options
         )
     if dweight is not None or dbias is not None:
         _channel_sums_kernel[(-(-g.channels // 32),)](
@@ -331,16 +342,18 @@ def programs() -> list[Program]:
         one, other = ("stride_channel", "stride_pixel") if inside else ("stride_pixel", "stride_channel")
         numbers = dict.fromkeys(("chunks", "channels", "groups", "pixels", other), "i32")
         statistics = dict.fromkeys(("partial", "mean", "rstd", "offset", "slope"), "*fp32")
-        tensors = dict.fromkeys(("x", "y", "dy", "dx", "weight", "bias", "shift"), pointer)
+        tensors = dict.fromkeys(("x", "y", "h", "residual", "dy", "dx", "dh", "weight", "bias", "shift"), pointer)
         known = {one: 1, **tile.blocks}
         aligned = ("channels", "pixels", other)
-        for name, kernel, silu, streams in (
-            ("moments", _moments_kernel, {}, False),
+        for name, kernel, fixed, streams in (
+            ("moments", _moments_kernel, {"residual": None, "h": None}, False),
+            ("moments and sum", _moments_kernel, {}, True),
             ("apply", _apply_kernel, {"SILU": True}, True),
             ("sums", _sums_kernel, {"SILU": True}, False),
-            ("dx", _dx_kernel, {"SILU": True}, True),
+            ("dx", _dx_kernel, {"SILU": True, "dh": None}, True),
+            ("dx and dh", _dx_kernel, {"SILU": True}, True),
         ):
-            names = [parameter.name for parameter in kernel.params]
+            names = [parameter.name for parameter in kernel.params if parameter.name not in fixed]
             signature = {n: t for n, t in (numbers | statistics | tensors).items() if n in names}
             divisible = tuple(n for n in names if n in tensors or n in statistics or n in aligned)
             found.append(
@@ -348,7 +361,7 @@ def programs() -> list[Program]:
                     f"{name} {pointer[1:]} {'inside' if inside else 'outside'}",
                     kernel,
                     signature,
-                    known | silu,
+                    known | fixed,
                     tile,
                     divisible=divisible,
                     streaming=streams,

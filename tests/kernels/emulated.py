@@ -31,6 +31,7 @@ def devices(op: Op) -> tuple[str, ...]:
     return tuple(DEVICES) if op.name == "group_norm_silu" else ("sm_90",)
 
 
+GROUP_NORM = OPS["group_norm_silu"]
 OWN = [op for op in OPS.values() if op.cuda and op.cases]
 EVERY = [pytest.param(op, device, id=f"{op.name}-{device}") for op in OWN for device in devices(op)]
 CASES = [
@@ -84,15 +85,45 @@ def test_wide_path(op, dtype, last, poisoned):
         assert checks.check(op, divisible(op, dtype, last)) == []
 
 
+def with_a_residual(dtype: torch.dtype, last: bool = False) -> dict[str, Any]:
+    """The same with a residual and without a shift, whose gradient keeps that of h out of the kernel."""
+    inputs = divisible(GROUP_NORM, dtype, last)
+    residual = torch.empty_like(inputs["x"]).copy_(inputs["x"].flip(3))
+    return inputs | {"shift": None, "residual": residual}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("emulated", devices(GROUP_NORM), indirect=True)
+def test_wide_path_with_a_residual(emulated, dtype, last, poisoned):
+    inputs = with_a_residual(dtype, last)
+    assert checks.check(GROUP_NORM, inputs) == []
+    assert torch.equal(checks.results(GROUP_NORM, inputs)["out 1"], inputs["x"] + inputs["residual"])
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """One element beside 128 bits."""
+    flat = t.flatten()
+    moved = torch.cat([flat[:1], flat])[1:].view(t.shape)
+    assert moved.data_ptr() % 16 and torch.equal(moved, t)
+    return moved
+
+
 @every
 def test_memory_that_is_not_aligned(op, poisoned):
-    """One element beside 128 bits, where the sizes would allow the wide path: an unaligned access ends the process."""
+    """Where the sizes would allow the wide path: an unaligned access ends the process."""
     inputs = divisible(op, torch.bfloat16)
     name = next(k for k, v in inputs.items() if isinstance(v, Tensor) and v.dtype in DTYPES and v.dim() > 1)
-    flat = inputs[name].flatten()
-    moved = torch.cat([flat[:1], flat])[1:].view(inputs[name].shape)
-    assert moved.data_ptr() % 16 and torch.equal(moved, inputs[name])
-    assert checks.check(op, inputs | {name: moved}) == []
+    assert checks.check(op, inputs | {name: unaligned(inputs[name])}) == []
+
+
+def test_a_residual_that_is_not_aligned(poisoned):
+    inputs = with_a_residual(torch.bfloat16)
+    assert checks.check(GROUP_NORM, inputs | {"residual": unaligned(inputs["residual"])}) == []
+    x, dh = inputs["x"].requires_grad_(), inputs["residual"]
+    outs = tuple(checks.results(GROUP_NORM, inputs).values())
+    found, expected = (torch.autograd.grad(outs, x, (dh, t), retain_graph=True) for t in (unaligned(dh), dh))
+    torch.testing.assert_close(found, expected)
 
 
 @every

@@ -38,6 +38,8 @@ BIG: list[tuple[str, str, dict[int, int], bool]] = [
     ("geglu", "odd", {5: 31_200_001}, True),
     ("group_norm_silu", "odd_alone", {3: 300, 10: 20_480, 7: 71}, True),
     ("group_norm_silu", "odd_alone_last", {3: 300, 10: 20_480, 7: 71}, True),
+    ("group_norm_silu", "odd_residual", {3: 300, 10: 20_480, 7: 71}, True),
+    ("group_norm_silu", "odd_residual_last", {3: 300, 10: 20_480, 7: 71}, True),
     ("group_norm_silu", "odd", {3: 300, 10: 20_480, 7: 71}, False),  # ATen adds up dx for the gradient of its shift
     ("lora_linear", "odd", {7: 14_601, 13: 49_201}, True),
     ("lora_linear", "odd", {7: 14_601, 11: 49_201}, True),

@@ -34,6 +34,7 @@ REGISTERS = {
 }  # fmt: skip
 KNOWN = sorted((name for names in REGISTERS.values() for name in names), key=len, reverse=True)
 WRITES_NOTHING_WIDE = {"moments_kernel", "sums_kernel"}  # sums by channel
+ADDS = {"group_norm_silu": {"one_pass_kernel", "moments_kernel"}, "group_norm_silu_backward": {"dx_kernel"}}
 
 
 def toolkit() -> Path | None:
@@ -58,6 +59,7 @@ class Kernel:
 
     name: str
     wide: bool
+    adds: bool  # a residual, or the gradient of h
     registers: int
     stack: int
     instructions: set[str] = field(default_factory=set)
@@ -76,7 +78,8 @@ def compile_cubin(source: Path, target: str, folder: Path, *flags: str) -> list[
     usage = run(CUOBJDUMP, "-res-usage", cubin)
     for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage):
         plain = next((known for known in KNOWN if known in name), name)
-        kernels[name] = Kernel(plain, "4WideI" in name or "ILb1E" in name, int(registers), int(stack))
+        wide, adds = "4WideI" in name or "ILb1E" in name, "ELb1E" in name
+        kernels[name] = Kernel(plain, wide, adds, int(registers), int(stack))
     now = None
     for line in run(CUOBJDUMP, "-sass", cubin).splitlines():
         if "Function : " in line:
@@ -94,7 +97,7 @@ def compiled(source: Path, target: str, folder: Path) -> list[Kernel]:
 def findings(kernels: list[Kernel], limits: dict[str, int], target: str) -> list[str]:
     wrong = [f"{name} is missing" for name in limits if name not in {kernel.name for kernel in kernels}]
     for kernel in kernels:
-        who = f"{kernel.name}{' wide' * kernel.wide}"
+        who = f"{kernel.name}{' wide' * kernel.wide}{' adding' * kernel.adds}"
         if kernel.registers > limits.get(kernel.name, 0):
             wrong.append(f"{who}: {kernel.registers} registers, at most {limits.get(kernel.name)} expected")
         if kernel.stack or any(re.match(r"(STL|LDL)\b", one) for one in kernel.instructions):
@@ -103,7 +106,7 @@ def findings(kernels: list[Kernel], limits: dict[str, int], target: str) -> list
             wrong.append(f"{who}: an atomic operation")
         if kernel.wide and not any(re.match(r"LDG\.E\.128", one) for one in kernel.instructions):
             wrong.append(f"{who}: no 128-bit load")
-        stores = kernel.wide and kernel.name not in WRITES_NOTHING_WIDE
+        stores = kernel.wide and (kernel.adds or kernel.name not in WRITES_NOTHING_WIDE)
         if stores and not any(re.match(r"STG\.E\.128", one) for one in kernel.instructions):
             wrong.append(f"{who}: no 128-bit store")
         if kernel.name == "one_pass_kernel" and (target == "sm_90a") != ("UCGABAR_ARV" in kernel.instructions):
@@ -118,6 +121,7 @@ def test_machine_code(source, target, tmp_path_factory):
     kernels = compiled(source, target, tmp_path_factory.getbasetemp())
     assert findings(kernels, REGISTERS[source.stem], target) == []
     assert len({kernel.name for kernel in kernels}) == len(REGISTERS[source.stem])
+    assert {kernel.name for kernel in kernels if kernel.adds} == ADDS.get(source.stem, set())
 
 
 def changed(folder: Path, name: str, before: str, after: str, times: int) -> Path:

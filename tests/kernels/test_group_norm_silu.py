@@ -1,15 +1,16 @@
-"""What is special about group_norm_silu: memory orders, statistics far from zero, shifts, what it keeps, bad input."""
+"""What is special about group_norm_silu: memory orders, statistics far from zero, shifts, residuals, what it keeps."""
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import group_norm_silu, use
+from hypersd.kernels import _native, group_norm_silu, use
 from hypersd.kernels._op import OPS
 from tests.kernels import checks
 
@@ -25,6 +26,11 @@ def shift_for(x: Tensor) -> Tensor:
     shift = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(1)).to(x.dtype)
     shift[:, 1] += 20
     return shift
+
+
+def residual_for(x: Tensor) -> Tensor:
+    """A residual as large as x, in its memory order."""
+    return torch.empty_like(x).copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
 
 
 def test_float64_equals_torch_to_the_last_digits():
@@ -57,15 +63,16 @@ def test_memory_order_is_kept(dtype, implementation, monkeypatch):
 SIZES = {"three pieces a sample": (48, 40, 40), "18 pieces a sample": (160, 60, 60)}
 
 
-@pytest.mark.parametrize("shifted", [False, True], ids=["alone", "shifted"])
+@pytest.mark.parametrize("beside", ["nothing", "shift", "residual"])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_same_bits_on_any_number_of_threads(sizes, batch, last, shifted):
+def test_same_bits_on_any_number_of_threads(sizes, batch, last, beside):
     """Few samples are cut into pieces, many are not; sums are grouped by the shape alone, not by who takes a piece."""
     x, weight, bias = layer(batch, *sizes, last=last)
     inputs = {"x": x, "num_groups": 8, "weight": weight, "bias": bias, "eps": 1e-5}
-    inputs["shift"] = shift_for(x) if shifted else None
+    inputs["shift"] = shift_for(x) if beside == "shift" else None
+    inputs["residual"] = residual_for(x) if beside == "residual" else None
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5, 3, 2):
@@ -75,7 +82,7 @@ def test_same_bits_on_any_number_of_threads(sizes, batch, last, shifted):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(other[name], value) for name, value in found[0].items())
-    total = x.double() + (shift_for(x)[:, :, None, None] if shifted else 0)
+    total = x.double() + {"shift": shift_for(x)[:, :, None, None], "residual": residual_for(x)}.get(beside, 0)
     exact = F.silu(F.group_norm(total, 8, weight.double(), bias.double(), 1e-5))
     torch.testing.assert_close(next(iter(found[0].values())).double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -98,22 +105,28 @@ def test_an_outlier_first_does_not_spoil_the_variance(last):
     assert ((found - exact).abs().max() / exact.abs().max()).item() < 1e-6
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["shift", "shift and residual"])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-def test_the_norm_is_that_of_the_sum(silu, last):
-    """Statistics, result and all gradients in float64."""
+def test_the_norm_is_that_of_the_sum(silu, last, added):
+    """Statistics, results and all gradients in float64."""
     x, weight, bias = layer(3, 12, 9, 7, last=last, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, shift_for(x))]
-    x, weight, bias, shift = leaves
-    total = x + shift[:, :, None, None]
+    leaves = [t.requires_grad_() for t in (x, weight, bias, shift_for(x), residual_for(x))][: 4 + added]
+    x, weight, bias, shift = leaves[:4]
+    residual = leaves[4] if added else None
+    total = (x + residual if added else x) + shift[:, :, None, None]
     z = F.group_norm(total, 4, weight, bias, 1e-6)
-    y, mean, rstd = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-6, silu, shift)
+    y, h, mean, rstd = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-6, silu, shift, residual)
+    assert torch.equal(h, x + residual) if added else h.numel() == 0
     var, center = torch.var_mean(total.reshape(3, 4, -1), -1, correction=0)
     for found, expected in ((y, F.silu(z) if silu else z), (mean, center), (rstd, (var + 1e-6).rsqrt())):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    ours = group_norm_silu(x, 4, weight, bias, 1e-6, silu=silu, shift=shift)
-    found, expected = (torch.autograd.grad(out, leaves, upstream) for out in (ours, F.silu(z) if silu else z))
+    ours = group_norm_silu(x, 4, weight, bias, 1e-6, silu=silu, shift=shift, residual=residual)
+    theirs = F.silu(z) if silu else z
+    outs = ((*ours,), (theirs, x + residual)) if added else ((ours,), (theirs,))
+    upstreams = (upstream, 3 * upstream.flip(0))[: 1 + added]
+    found, expected = (torch.autograd.grad(out, leaves, upstreams) for out in outs)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -179,21 +192,167 @@ def test_the_gradient_of_the_shift_is_made_only_where_it_is_wanted(monkeypatch):
 
 def test_keeps_only_its_input_and_two_numbers_a_group():
     x, weight, bias = layer(3, 8, 10, 10)
-    for shift, small in ((None, [8, 8, 12, 12]), (shift_for(x), [8, 8, 12, 12, 24])):
+    for beside, small in (({}, []), ({"shift": shift_for(x)}, [24]), ({"residual": residual_for(x)}, [])):
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5, shift=shift)
-        assert sorted(t.numel() for t in kept) == [*small, 2400]
+            group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5, **beside)
+        assert sorted(t.numel() for t in kept) == [8, 8, 12, 12, *small, 2400]
+        assert torch.equal(next(t for t in kept if t.numel() == 2400), x + beside.get("residual", 0))
 
 
 def test_gradients_of_frozen_affine_are_not_made():
     x, weight, bias = layer(2, 8, 6, 6)
-    out = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-5, True, None)
+    out = OPS["group_norm_silu"].run(x, 4, weight, bias, 1e-5, True, None, None)
     backward = torch.ops.hypersd.group_norm_silu_backward
-    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, True, False, None)
-    assert dx.shape == x.shape and dweight.numel() == dbias.numel() == 0
-    dx, dweight, dbias = backward(x, x, out[1], out[2], weight, bias, 4, True, False, True, None)
-    assert dx.numel() == 0 and dweight.shape == dbias.shape == (8,)
+    for dh in (None, x):
+        dx, dweight, dbias = backward(x, x, out[2], out[3], weight, bias, 4, True, True, False, None, dh)
+        assert dx.shape == x.shape and dweight.numel() == dbias.numel() == 0
+        dx, dweight, dbias = backward(x, x, out[2], out[3], weight, bias, 4, True, False, True, None, dh)
+        assert dx.numel() == 0 and dweight.shape == dbias.shape == (8,)
+
+
+RUNS = pytest.mark.parametrize("implementation", [*_native.ISA_LEVELS, "fallback"], indirect=True)
+
+
+@RUNS
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_residual_has_the_bits_of_the_sum_and_its_norm(dtype, last, implementation):
+    """h is torch's own x + residual; y and, where h is not used further, all gradients are those of the norm of h."""
+    for sizes in ((3, 12, 9, 7), (2, 24, 90, 70)):
+        x, weight, bias = layer(*sizes, last=last, dtype=dtype)
+        residual = residual_for(x) * 3
+        y, h = group_norm_silu(x, 4, weight, bias, 1e-5, residual=residual)
+        assert torch.equal(h, x + residual) and h.stride() == y.stride() == x.stride() and h.dtype == dtype
+        assert torch.equal(y, group_norm_silu(h, 4, weight, bias, 1e-5))
+        other = residual.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+        for one, two in zip(group_norm_silu(x, 4, weight, bias, 1e-5, residual=other), (y, h), strict=True):
+            assert torch.equal(one, two) and one.stride() == two.stride()
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+        plain = [h.clone().requires_grad_(), *leaves[1:3]]
+        upstream = shift_for(x)[:, :, None, None] * x
+        out = group_norm_silu(leaves[0], 4, *leaves[1:3], 1e-5, residual=leaves[3])
+        found = torch.autograd.grad(out[0], leaves, upstream)
+        expected = torch.autograd.grad(group_norm_silu(plain[0], 4, *plain[1:], 1e-5), plain, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(found, (*expected, expected[0]), strict=True))
+
+
+@RUNS
+@pytest.mark.parametrize("last", [False, True])
+def test_the_gradient_of_h_is_added_before_the_one_rounding(last, implementation):
+    """In bfloat16 half a step is 1/256 of a number at most; the two roundings of two operators are sometimes off by more."""
+    x, weight, bias = layer(2, 16, 20, 20, last=last, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, residual_for(x))]
+    y, h = group_norm_silu(leaves[0], 4, weight, bias, 1e-5, residual=leaves[1])
+    dy, dh = (torch.randn_like(h) for _ in range(2))
+    found = torch.autograd.grad((y, h), leaves, (dy, dh))
+    wide = h.detach().double().requires_grad_()
+    z = F.group_norm(wide, 4, weight.double(), bias.double(), 1e-5)
+    (norm,) = torch.autograd.grad(F.silu(z), wide, dy.double())
+    exact = norm + dh.double()
+    allowed = 0.00391 * exact.abs() + 1e-4
+    assert torch.equal(*found) and ((found[0].double() - exact).abs() <= allowed).all()
+    twice = (norm.bfloat16() + dh).double()
+    assert ((twice - exact).abs() > allowed).any()
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("used", ["y", "h", "both"])
+def test_either_result_may_be_unused_and_any_input_frozen(used, wanted, monkeypatch):
+    """Of x, residual and shift; where h alone is used nothing is computed."""
+    x, weight, bias = (t.double() for t in layer(2, 8, 5, 6))
+    values = [x, residual_for(x), shift_for(x)]
+    take = {"y": lambda y, h: y.square().sum(), "h": lambda y, h: h.pow(3).sum(),
+            "both": lambda y, h: y.square().sum() + h.pow(3).sum()}[used]  # fmt: skip
+
+    def gradients(fused: bool) -> tuple[Tensor | None, ...]:
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(values)]
+        if fused:
+            out = group_norm_silu(leaves[0], 4, weight, bias, 1e-5, shift=leaves[2], residual=leaves[1])
+        else:
+            h = leaves[0] + leaves[1]
+            out = F.silu(F.group_norm(h + leaves[2][..., None, None], 4, weight, bias, 1e-5)), h
+        loss = take(*out)
+        if not loss.requires_grad:
+            return (None,) * len(wanted)
+        return torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True)
+
+    expected = gradients(False)
+    if used == "h":
+        monkeypatch.delattr(importlib.import_module("hypersd.kernels.group_norm_silu"), "BACKWARD")
+    for one, other in zip(gradients(True), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_x_may_be_its_own_residual():
+    x, weight, bias = layer(2, 8, 5, 6)
+    leaf = x.requires_grad_()
+    y, h = group_norm_silu(leaf, 4, weight, bias, 1e-5, residual=leaf)
+    assert torch.equal(h, 2 * x) and torch.equal(y, group_norm_silu(2 * x, 4, weight, bias, 1e-5))
+    (dx,) = torch.autograd.grad(h.sum(), leaf)
+    assert torch.equal(dx, torch.full_like(x, 2))
+
+
+OP = OPS["group_norm_silu"]
+ADDED = [next(c for c in OP.cases if c.name == name) for name in ("vectors_residual", "odd_residual_last", "odd")]
+
+
+@pytest.mark.parametrize("case", ADDED, ids=lambda case: case.name)
+def test_gradcheck_with_a_residual(case):
+    inputs = checks.widened(case.inputs())
+    leaves = checks.leaves_of(OP, inputs)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return group_norm_silu(**(inputs | dict(zip(leaves, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(function, list(leaves.values()), fast_mode=True)
+
+
+def test_opcheck_with_a_residual():
+    inputs = ADDED[1].inputs()
+    leaves = checks.leaves_of(OP, inputs)
+    with checks.Recorder() as record:
+        outs = checks.results(OP, inputs)
+        torch.autograd.grad(list(outs.values()), list(leaves.values()), checks.upstreams(outs))
+    assert [func.__name__.split(".")[0] for func, _ in record.calls] == ["_group_norm_silu", "group_norm_silu_backward"]
+    for func, args in record.calls:
+        torch.library.opcheck(func, tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
+    args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in record.calls[0][1])
+    torch.library.opcheck(OP.compiled, args)
+
+
+@pytest.mark.parametrize("case", ADDED[1:], ids=lambda case: case.name)
+def test_compiles_whole_with_a_residual(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(checks.results, OP), fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = case.inputs()
+    leaves = list(checks.leaves_of(OP, inputs).values())
+    for used in ((0,), (1,), (0, 1)):
+        outs = [list(run(inputs).values()) for run in (compiled, partial(checks.results, OP))]
+        torch.testing.assert_close(*outs)
+        upstreams = [residual_for(inputs["x"]) * (i + 1) for i in used]
+        found, expected = (
+            torch.autograd.grad([pair[i] for i in used], leaves, upstreams, allow_unused=True) for pair in outs
+        )
+        for one, other in zip(found, expected, strict=True):  # compiled, an unused gradient may be zeros
+            torch.testing.assert_close(one, torch.zeros_like(one) if one is not None and other is None else other)
+
+
+def test_exports_with_a_residual():
+    inputs = ADDED[1].inputs()
+
+    class Module(torch.nn.Module):
+        def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return checks.results(OP, inputs | tensors)
+
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    program = torch.export.export(Module(), (tensors,))
+    called = [str(node.target) for node in program.graph.nodes if "hypersd" in str(node.target)]
+    assert called == ["hypersd.group_norm_silu.default"]
+    for name, value in program.module()(tensors).items():
+        assert torch.equal(value, checks.results(OP, inputs)[name])
 
 
 def test_constant_groups_and_numbers_out_of_range():
@@ -218,6 +377,12 @@ def test_constant_groups_and_numbers_out_of_range():
         ({"shift": torch.ones(2, 8, 1, 1)}, ValueError, r"shift: got shape \(2, 8, 1, 1\), expected \(2, 8\)"),
         ({"shift": torch.ones(2, 8).long()}, TypeError, "shift: got torch.int64"),
         ({"shift": 1.0}, TypeError, "shift: got float, expected a tensor"),
+        ({"residual": torch.ones(2, 8)}, ValueError, r"residual: got shape \(2, 8\), expected \(2, 8, 3, 3\) as x"),
+        ({"residual": torch.ones(1, 8, 3, 3)}, ValueError, r"residual: got shape \(1, 8, 3, 3\), expected"),
+        ({"residual": torch.ones(2, 8, 3, 3).half()}, TypeError, "residual: got torch.float16, expected torch.float32"),
+        ({"residual": torch.ones(2, 8, 3, 3).long()}, TypeError, "residual: got torch.int64"),
+        ({"residual": torch.ones(2, 8, 3, 3, device="meta")}, ValueError, "residual: got device meta, expected cpu"),
+        ({"residual": 1.0}, TypeError, "residual: got float, expected a tensor"),
         ({"x": torch.ones(8)}, ValueError, r"x: got shape \(8,\), expected \(batch, channels"),
         ({"x": torch.ones(2, 8, dtype=torch.long)}, TypeError, "x: got torch.int64"),
     ],
