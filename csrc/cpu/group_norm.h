@@ -40,11 +40,13 @@ struct Problem {
 
 // h = x + residual of `count` elements from `at` on; nothing without a residual.
 template <class T>
-HYPERSD_INLINE void add_residual(const Problem<T>& p, int64_t at, int64_t count) {
-  if (!p.residual) return;
-  const T *HYPERSD_RESTRICT x = p.x + at, *HYPERSD_RESTRICT residual = p.residual + at;
-  T* HYPERSD_RESTRICT h = p.h + at;
+HYPERSD_INLINE void add_rows(const T* HYPERSD_RESTRICT x, const T* HYPERSD_RESTRICT residual, int64_t count,
+                             T* HYPERSD_RESTRICT h) {
   for (int64_t i = 0; i < count; ++i) assign(h[i], widen(x[i]) + widen(residual[i]));
+}
+template <class T>
+HYPERSD_INLINE void add_residual(const Problem<T>& p, int64_t at, int64_t count) {
+  if (p.residual) add_rows(p.x + at, p.residual + at, count, p.h + at);
 }
 
 // Chan, Golub and LeVeque: the mean and the sum of squared deviations of two sets together.

@@ -240,7 +240,7 @@ def test_a_residual_has_the_bits_of_the_sum_and_its_norm(dtype, last, implementa
 @RUNS
 @pytest.mark.parametrize("last", [False, True])
 def test_the_gradient_of_h_is_added_before_the_one_rounding(last, implementation):
-    """In bfloat16 half a step is 1/256 of a number at most; the two roundings of two operators are sometimes off by more."""
+    """Half a step of bfloat16 is 1/256 of a number at most; the two roundings of two operators are off by more."""
     x, weight, bias = layer(2, 16, 20, 20, last=last, dtype=torch.bfloat16)
     leaves = [t.requires_grad_() for t in (x, residual_for(x))]
     y, h = group_norm_silu(leaves[0], 4, weight, bias, 1e-5, residual=leaves[1])
