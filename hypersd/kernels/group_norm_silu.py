@@ -368,6 +368,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None, *_: None) -> tuple[Tensor | None, ...]:
     need_x, _, need_weight, need_bias, _, _, need_shift, need_residual = ctx.needs_input_grad
+    dh = dh if need_x or need_residual else None
     if dy is None:  # y was not used: h is a plain sum
         return dh if need_x else None, *[None] * 6, dh if need_residual else None
     x, mean, rstd, weight, bias, shift = ctx.saved_tensors
