@@ -232,7 +232,7 @@ Tensor column_sums(const std::vector<C>& rows, int64_t channels, const View& sha
   std::vector<double> total(channels, 0.0);
   for (size_t i = 0; i < rows.size(); i += channels)
     for (int64_t c = 0; c < channels; ++c) total[c] += rows[i + c];
-  if (type == Type::float64) std::memcpy(out.data_ptr(), total.data(), sizeof(double) * channels);
+  if (type == Type::float64) std::copy(total.begin(), total.end(), reinterpret_cast<double*>(data_of(out)));
   else store<double>(data_of(out), type, 0, channels, total.data());
   return out;
 }
