@@ -52,6 +52,17 @@ def smallest(op: Op, **wanted: Any) -> Case:
     return min(sizes, key=lambda case: sizes[case])
 
 
+def kinds(op: Op) -> list[Case]:
+    """The smallest case with elements of each kind: which tensors are given, with how many dimensions, contiguous or
+    not. What torch has to be told about an operator may differ between them."""
+    found: dict[Any, Case] = {}
+    for case in sorted(small(op), key=lambda case: elements(op, case)):
+        tensors = {k: v for k, v in shapes(op, case).items() if isinstance(v, Tensor)}
+        if all(t.numel() for t in tensors.values()):
+            found.setdefault(tuple((k, t.dim(), t.is_contiguous()) for k, t in tensors.items()), case)
+    return list(found.values())
+
+
 def numbers(name: str, value: Any) -> bool:
     """Whether an input is a tensor of latents or weights, not a host table of coefficients."""
     return isinstance(value, Tensor) and value.is_floating_point() and name not in ("coef", "weight_per_sample")

@@ -34,6 +34,7 @@ RUNS = [
     for name in implementations(op, *device.values)
 ]
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
+KINDS = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in checks.kinds(op)]
 DIFFERENTIABLE = [pytest.param(op, id=op.name) for op in OPS.values() if op.differentiable]
 on_devices = pytest.mark.parametrize("device", checks.DEVICES)
 OWN = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what no operator leaves to torch's
@@ -77,9 +78,9 @@ def test_strided_and_expanded_upstream_gradients(op, device):
 
 
 @on_devices
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_gradcheck(op, device):
-    inputs = checks.widened(checks.smallest(op).inputs(device=device))
+@pytest.mark.parametrize(("op", "case"), [kind for kind in KINDS if kind.values[0].differentiable])
+def test_gradcheck(op, case, device):
+    inputs = checks.widened(case.inputs(device=device))
     names = [k for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
 
     def function(*tensors: Tensor) -> Tensor:
@@ -224,9 +225,9 @@ def recorded(op: Op, inputs: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]
 
 
 @on_devices
-@pytest.mark.parametrize("op", EVERY)
-def test_opcheck(op, device):
-    calls = recorded(op, checks.smallest(op).inputs(OWN[device], device))
+@pytest.mark.parametrize(("op", "case"), KINDS)
+def test_opcheck(op, case, device):
+    calls = recorded(op, case.inputs(OWN[device], device))
     assert calls and calls[0][0].__name__.startswith(f"_{op.name}" if op.differentiable else op.name)
     for func, args in calls:
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
@@ -272,9 +273,9 @@ def test_compiles_whole_with_dynamic_shapes(op, device):
 
 
 @on_devices
-@pytest.mark.parametrize("op", EVERY)
-def test_exports_as_one_operator(op, device):
-    inputs = checks.smallest(op).inputs(OWN[device], device)
+@pytest.mark.parametrize(("op", "case"), KINDS)
+def test_exports_as_one_operator(op, case, device):
+    inputs = case.inputs(OWN[device], device)
 
     class Module(torch.nn.Module):
         def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
