@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hypersd.console import Progress
-from hypersd.distill.recipe import Recipe
+from hypersd.distill.recipe import Recipe, completed
 from hypersd.distill.trainer import Trainer
 from hypersd.errors import HypersdError
 from hypersd.evaluate.generate import generate
@@ -52,7 +52,7 @@ from hypersd.sampling.solvers import ddim
 from hypersd.sampling.timesteps import trailing
 
 VARIETY = (64, 4)  # captions, pictures of each
-CAPTIONS_SEED = 0  # every row is judged on the same captions
+CAPTIONS_SEED = 1  # every row is judged on the same captions; recipes were chosen on those of seed 0
 MAIN = ("unified", "tscd")  # what the others are compared with: the first that has rows
 
 
@@ -84,6 +84,8 @@ class Paper:
         reference, _ = scene_references(samples, CAPTIONS_SEED, (1, 1))
         evaluator = evaluators.load("judge", pick_device(device))
         self.judge = Judge(evaluator, evaluator.features, reference, device=pick_device(device))
+        # of every row
+        self.settings: dict[str, Any] = {"budget": budget, "samples": samples, "captions": CAPTIONS_SEED}
 
     def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         """Add the rows that lack. Comparisons come last, where all seeds of both sides are there."""
@@ -113,7 +115,7 @@ class Paper:
     def cell(self, variant: Variant, steps: int, seed: int) -> None:
         """One method at one number of steps with one seed: trained where it is not yet, judged, appended."""
         key = {"method": variant.method, "variant": variant.name, "steps": steps, "seed": seed}
-        key |= {"budget": self.budget, "samples": self.samples}
+        key |= self.settings
         self.ledger.read()
         missing = [table for table in variant.tables if not self.ledger.find(table=table, **key)]
         if not missing:
@@ -143,7 +145,7 @@ class Paper:
         recipe, folder = recipe_of(variant, self.budget, seed, self.overrides), self.folder(variant, seed)
         own, done = recipe.model_dump(mode="json"), folder / "recipe.json"
         if done.exists():
-            if json.loads(done.read_text("utf-8")) != own:
+            if completed(json.loads(done.read_text("utf-8"))) != own:
                 raise HypersdError(f"{folder} was trained by another recipe; remove it or choose another --out")
             return recipe
         components = load_model(EMBEDDED, self.device)
@@ -166,7 +168,8 @@ class Paper:
 
     def pictures(self, variant: Variant, steps: int, seed: int) -> dict[str, Tensor]:
         """Features and scores of every caption, and the diversity, from a file or from fresh pictures."""
-        path = self.folder(variant, seed) / f"{variant.judged}-{steps}-{self.samples}.safetensors"
+        name = f"{variant.judged}-{steps}-{self.samples}-captions-{CAPTIONS_SEED}.safetensors"
+        path = self.folder(variant, seed) / name
         with self.lock(path):
             if not path.exists():
                 found = self.sample(variant, steps, seed)
@@ -220,7 +223,7 @@ class Paper:
                 ours, theirs = ([self.pictures(v, steps, seed) for seed in seeds] for v in (main, other))
                 for column in ("frechet", "alignment", "objects", "aesthetic"):
                     key = {"table": "pairs", "method": main.method, "against": other.folder, "steps": steps}
-                    key |= {"column": column, "seeds": list(seeds), "budget": self.budget, "samples": self.samples}
+                    key |= {"column": column, "seeds": list(seeds)} | self.settings
                     name = "features" if column == "frechet" else column
                     if self.ledger.find(**key) or name not in ours[0]:
                         continue

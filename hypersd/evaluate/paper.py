@@ -100,8 +100,11 @@ def weighed(
 ) -> Variant:
     """Stages whose shares of the budget are those that their iterations cost."""
     each = costs(stages)
-    untimed = tuple({key: value for key, value in stage.items() if key != "iterations"} for stage in stages)
-    return Variant(tables, method, name, untimed, shares=tuple(cost / sum(each) for cost in each), **options)
+    return Variant(tables, method, name, untimed(stages), shares=tuple(cost / sum(each) for cost in each), **options)
+
+
+def untimed(stages: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple({key: value for key, value in stage.items() if key != "iterations"} for stage in stages)
 
 
 def ladder(*numbers: int, **options: Any) -> list[dict[str, Any]]:
@@ -119,6 +122,7 @@ def ablations() -> list[Variant]:
     return [
         weighed(every, "tscd", "8-4-2-1", ladder(*LADDER)),
         weighed(("3",), "tscd", "8-4-2-1 by stage", ladder(*LADDER), by_stage=True, trained_as="8-4-2-1"),
+        Variant(("2", "3"), "tscd", "equal shares", untimed(ladder(*LADDER))),
         one("k", "1", 1),
         one("k", "4-1", 4, 1),
         one("teacher", "base", teacher="base"),
@@ -267,9 +271,10 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         raise HypersdError("there are no rows to draw; run `hypersd evaluate paper` first")
     lines = ["# The paper's tables in miniature", ""]
     measured = [row for row in rows if row["table"] in TABLES]
-    for settings in sorted({(row["budget"], row["samples"], row["features"]) for row in measured}):
-        budget, samples, features = settings
-        same = [row for row in measured if (row["budget"], row["samples"], row["features"]) == settings]
+    names = ("budget", "samples", "features", "captions")
+    for settings in sorted({tuple(row[name] for name in names) for row in measured}):
+        budget, samples, features, _ = settings
+        same = [row for row in measured if tuple(row[name] for name in names) == settings]
         seeds = sorted({row["seed"] for row in same})
         lines += [
             f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
@@ -278,9 +283,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
             + ". Written by `hypersd evaluate paper --draw`.",
             "",
             "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "
-            "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by a few "
-            "trial trainings with another seed on these same captions (docs/measured_facts.md); the other methods have "
-            "had no such choice.",
+            "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by trial "
+            "trainings with another seed, judged on other captions than these (docs/measured_facts.md); the other "
+            "methods had fewer such trials.",
             "",
         ]
         for table, title in TABLES.items():
