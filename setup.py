@@ -65,13 +65,13 @@ def cuda_wanted() -> bool:
     return False
 
 
-def source_hash(folder: str) -> str:
-    """The fingerprint that hypersd.kernels._native compares; its own code, so that both agree."""
+def fingerprint(folder: str) -> str:
+    """What hypersd.kernels._native looks for in the library, as a C string; by its own code, so that both agree."""
     text = (ROOT / "hypersd/kernels/_native.py").read_text()
-    start = text.index("def source_hash")
+    start = text.index("def fingerprint")
     scope: dict = {"hashlib": __import__("hashlib"), "Path": Path}
     exec(text[start : text.index("\n\n\n", start)], scope)
-    return scope["source_hash"](ROOT / folder)
+    return f'"{scope["fingerprint"](ROOT / folder)}"'
 
 
 def say(reason: str) -> None:
@@ -119,7 +119,7 @@ def cuda_extension() -> Extension:
         include_dirs=[str(torch_include() or ""), str(toolkit / "include")],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET),
-            ("HYPERSD_SOURCE_HASH", f"0x{source_hash('csrc/cuda')}ULL"),
+            ("HYPERSD_SOURCES", fingerprint("csrc/cuda")),
             ("Py_LIMITED_API", "0x030A0000"),
         ],
         extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-Wall", "-g0"],
@@ -150,7 +150,7 @@ def extension() -> Extension:
         include_dirs=[str(torch_include() or "")],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET),
-            ("HYPERSD_SOURCE_HASH", f"0x{source_hash('csrc')}ULL"),
+            ("HYPERSD_SOURCES", fingerprint("csrc")),
             ("Py_LIMITED_API", "0x030A0000"),
         ],
         extra_compile_args=flags,

@@ -6,8 +6,8 @@
 
 #include "cpu/kernels.h"
 
-#ifndef HYPERSD_SOURCE_HASH
-#define HYPERSD_SOURCE_HASH 0
+#ifdef HYPERSD_SOURCES  // fingerprint of csrc/, which is read from the file before it is loaded
+extern "C" __attribute__((visibility("default"), used)) const char hypersd_sources[] = HYPERSD_SOURCES;
 #endif
 
 namespace hypersd {
@@ -33,7 +33,6 @@ int initial() {
 std::atomic<int> current{initial()};
 
 int64_t native_isa(int64_t level) { return set_isa(static_cast<int>(level)); }
-int64_t native_hash() { return static_cast<int64_t>(HYPERSD_SOURCE_HASH); }
 
 }  // namespace
 
@@ -49,7 +48,6 @@ int set_isa(int level) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
   m.def("_native_isa(int level) -> int");  // see set_isa
-  m.def("_native_hash() -> int");          // fingerprint of the sources this was built from
   m.def("_lora_rows_dtypes() -> int");     // see lora_rows_dtypes
   m.def("_lora_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, int sh, int sw, int ph, "
         "int pw, bool keep, bool fold) -> (Tensor, Tensor)");
@@ -59,7 +57,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
   m.impl("_native_isa", TORCH_BOX(&hypersd::native_isa));
-  m.impl("_native_hash", TORCH_BOX(&hypersd::native_hash));
   m.impl("_lora_rows_dtypes", TORCH_BOX(&hypersd::lora_rows_dtypes));
   m.impl("_lora_rows", TORCH_BOX(&hypersd::lora_rows));
   m.impl("_lora_rows_backward", TORCH_BOX(&hypersd::lora_rows_backward));

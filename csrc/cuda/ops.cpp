@@ -13,8 +13,9 @@
 #ifndef HYPERSD_EMULATED
 #include <dlfcn.h>
 #endif
-#ifndef HYPERSD_SOURCE_HASH
-#define HYPERSD_SOURCE_HASH 0
+
+#ifdef HYPERSD_SOURCES  // fingerprint of csrc/, which is read from the file before it is loaded
+extern "C" __attribute__((visibility("default"), used)) const char hypersd_cuda_sources[] = HYPERSD_SOURCES;
 #endif
 
 namespace hypersd {
@@ -227,13 +228,10 @@ void group_norm_silu_backward_cuda(Tensor dy, Tensor x, Tensor mean, Tensor rstd
   group_norm_silu_backward(plan, stream);
 }
 
-int64_t cuda_hash() { return static_cast<int64_t>(HYPERSD_SOURCE_HASH); }
-
 }  // namespace
 }  // namespace hypersd
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
-  m.def("_cuda_hash() -> int");  // fingerprint of the sources this was built from
   m.def("_affine_step_cuda(Tensor x, Tensor? eps_cond, Tensor? eps_uncond, Tensor? history, Tensor? noise, "
         "Tensor(a!) out, Tensor? coef, float k0, float k1, float k2, float k3, float k4, int rows) -> ()");
   m.def("_consistency_loss_cuda(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef, "
@@ -250,7 +248,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hypersd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hypersd, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_hash", TORCH_BOX(&hypersd::cuda_hash));
   m.impl("_affine_step_cuda", TORCH_BOX(&hypersd::affine_step_cuda));
   m.impl("_consistency_loss_cuda", TORCH_BOX(&hypersd::consistency_loss_cuda));
   m.impl("_consistency_loss_backward_cuda", TORCH_BOX(&hypersd::consistency_loss_backward_cuda));

@@ -21,8 +21,8 @@ CUDA_BUILD_COMMAND = f"HYPERSD_BUILD_CUDA=1 {BUILD_COMMAND}"
 ISA_LEVELS = ("baseline", "avx2", "avx512")
 
 
-def source_hash(folder: Path) -> str:
-    """Fingerprint of the C++ sources; the build stores it in the library, so that a stale one is noticed.
+def fingerprint(folder: Path) -> str:
+    """Of the C++ sources; the build puts it into the library, so that a stale one is noticed.
 
     csrc/ is that of the CPU library; csrc/cuda/, which has one of its own, does not count there.
     """
@@ -30,7 +30,16 @@ def source_hash(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".cpp", ".cu", ".h"} and "cuda" not in path.relative_to(folder).parts:
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return f"hypersd sources {digest.hexdigest()[:16]}"
+
+
+def _stale(library: Path, folder: str, command: str) -> str:
+    """Why a library must not be loaded that was built from other sources than those beside it: its operators may take
+    other arguments. Empty where there are no sources, as in a wheel."""
+    sources = PACKAGE.parent / folder
+    if not sources.is_dir() or fingerprint(sources).encode() in library.read_bytes():
+        return ""
+    return f"{library.name} was built from other sources than {folder}/ has now; rebuild it with `{command} --force`"
 
 
 @cache
@@ -42,6 +51,9 @@ def _load() -> str:
     found = sorted([*folder.glob("_C.*so"), *folder.glob("_C.*pyd")])
     if not found:
         return f"no C++ kernels beside {folder.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
+    stale = _stale(found[0], "csrc", BUILD_COMMAND)
+    if stale:
+        return stale
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -58,17 +70,7 @@ def available() -> bool:
 def status() -> str:
     """One line for `explain` and `hypersd doctor`: which C++ kernels run, or why none do."""
     reason = _load()
-    if reason:
-        return reason
-    sources = PACKAGE.parent / "csrc"
-    if sources.is_dir() and source_hash(sources) != build_hash():
-        return f"loaded ({isa()}), but csrc/ has changed since; rebuild with `{BUILD_COMMAND}`"
-    return f"loaded ({isa()})"
-
-
-def build_hash() -> str:
-    """Fingerprint of the sources that the loaded library was built from."""
-    return f"{torch.ops.hypersd._native_hash() & (2**64 - 1):016x}"
+    return reason or f"loaded ({isa()})"
 
 
 def isa(force: str | None = None) -> str:
@@ -97,6 +99,9 @@ def _load_cuda() -> str:
     found = sorted(PACKAGE.glob("_CUDA.*so"))
     if not found:
         return f"no CUDA kernels beside {PACKAGE.name}/; build them with `{CUDA_BUILD_COMMAND}` (needs nvcc)"
+    stale = _stale(found[0], "csrc/cuda", CUDA_BUILD_COMMAND)
+    if stale:
+        return stale
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -121,13 +126,7 @@ def cuda_missing(device: torch.device) -> str:
 def cuda_status() -> str:
     """One line for `hypersd doctor`: whether the CUDA C++ kernels can run, or why not."""
     reason = _load_cuda() or cuda_missing(torch.device("cuda", torch.cuda.current_device()))
-    if reason:
-        return reason
-    sources = PACKAGE.parent / "csrc/cuda"
-    built = f"{torch.ops.hypersd._cuda_hash() & (2**64 - 1):016x}"
-    if sources.is_dir() and source_hash(sources) != built:
-        return f"loaded, but csrc/cuda/ has changed since; rebuild with `{CUDA_BUILD_COMMAND}`"
-    return "loaded"
+    return reason or "loaded"
 
 
 @cache

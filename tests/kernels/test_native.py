@@ -33,6 +33,11 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def library_file() -> Path:
+    folder = Path(os.environ.get("HYPERSD_NATIVE_FOLDER") or _native.PACKAGE)
+    return next(folder.glob("_C.*so"))
+
+
 EXPLAIN = """
 import torch
 from hypersd.kernels import affine_step, explain
@@ -48,16 +53,31 @@ def test_is_built_where_a_compiler_is():
     assert _native.available(), _native.status()
 
 
-@native
-def test_is_built_from_these_sources():
-    assert _native.build_hash() == _native.source_hash(ROOT / "csrc"), _native.status()
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_a_library_of_other_sources_is_named_and_not_loaded(tmp_path, monkeypatch):
+    library = library_file()
     assert _native.status() == f"loaded ({_native.isa()})"
-
-
-@native
-def test_a_stale_library_is_named(monkeypatch):
-    monkeypatch.setattr(_native, "source_hash", lambda folder: "0" * 16)
-    assert "rebuild with `python setup.py build_ext --inplace`" in _native.status()
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path / "hypersd")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True)
+    assert _native._stale(library, "csrc", "build") == ""
+    (tmp_path / "csrc/cuda/ops.cpp").write_text("// of the other library\n")
+    assert _native._stale(library, "csrc", "build") == ""
+    (tmp_path / "csrc/ops.cpp").write_text("// one more operator\n")
+    (tmp_path / "hypersd").mkdir()
+    shutil.copy(library, tmp_path / "hypersd")
+    reason = _native._load.__wrapped__()
+    assert reason == (
+        "_C.abi3.so was built from other sources than csrc/ has now; "
+        "rebuild it with `python setup.py build_ext --inplace --force`"
+    )
+    # nothing of such a file reaches torch, not even one that could not be loaded
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
+    (tmp_path / "hypersd/_CUDA.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "than csrc/cuda/ has now; rebuild it with `HYPERSD_BUILD_CUDA=1 python" in _native._load_cuda.__wrapped__()
+    assert _native._load.__wrapped__() == reason
 
 
 @native
