@@ -238,11 +238,17 @@ class LinearReward(Section):
 
 class RGLCDStage(LCMStage):
     """Reward-guided latent consistency distillation (hypersd.distill.rg_lcd): LCM, and `rewards` of the pictures that
-    the student's single jumps end in. `check_every`: steps in each of the means that over-optimisation is told from."""
+    the student's single jumps end in. `check_every`: steps in each of the means that over-optimisation is told from.
+    `proxy`: the student asks not the rewards but a network that is trained to prefer latents as they do (UNets only);
+    `proxy_temperature`: a difference of the weighted sum of rewards at which the preference is e to 1;
+    `proxy_learning_rate` None: the student's."""
 
     method: Literal["rg_lcd"]  # type: ignore[assignment]
     rewards: list[LinearReward]
     check_every: Positive = 25
+    proxy: bool = False
+    proxy_temperature: Annotated[float, Field(gt=0)] = 0.01
+    proxy_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _has_a_reward(self) -> RGLCDStage:
@@ -257,3 +263,10 @@ class RGLCDStage(LCMStage):
     @property
     def drops_captions(self) -> bool:
         return False  # a reward is asked about a picture and its caption
+
+    @property
+    def network_evaluations(self) -> float:
+        """The proxy looks at the student's end with a gradient, and in its own step at three ends without; that step
+        has jumps of its own."""
+        own = super().network_evaluations
+        return own + 3 + self.teacher_passes + 2 + 3 if self.proxy else own

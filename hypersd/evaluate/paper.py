@@ -189,6 +189,7 @@ VARIANTS: list[Variant] = [
     *(lightning(k) for k in STEPS),
     *(dmd2(k) for k in STEPS),
     Variant(("2",), "rg_lcd", stages=({"method": "rg_lcd", "rewards": REWARDS},)),
+    Variant(("2",), "rg_lcd", "latent proxy", stages=({"method": "rg_lcd", "rewards": REWARDS, "proxy": True},)),
     *unified(),
     *ablations(),
 ]

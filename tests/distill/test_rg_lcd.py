@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hypersd.distill.data import Batch
-from hypersd.distill.method import Context
+from hypersd.distill.method import STUDENT, Context, Draw
 from hypersd.distill.recipe import parse_recipe
-from hypersd.distill.rg_lcd import RGLCD
+from hypersd.distill.rg_lcd import RGLCD, preference_loss
 from hypersd.distill.trainer import Trainer
 from hypersd.errors import HypersdError
+from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora
 from hypersd.models.noise_process import NoiseProcess
 from tests.conftest import make_unet, make_vae
@@ -125,6 +126,119 @@ def test_a_watched_reward_that_falls_while_the_others_rise_warns() -> None:
     )
     said = [message for step, measures in enumerate(rising) if (message := monitor.add(step, measures))]
     assert len(said) == 1 and "stage rg_lcd, step" in said[0] and "independent seen falls" in said[0]
+
+
+def test_preferences_are_compared_by_their_divergence() -> None:
+    wanted = torch.tensor([1.2, -0.3, 0.0, 4.0], dtype=torch.float64)
+    opinion = torch.tensor([0.2, 0.9, -1.5, 4.0], dtype=torch.float64, requires_grad=True)
+    p, q = 1 / (1 + torch.exp(-wanted)), 1 / (1 + torch.exp(-opinion))
+    expected = (p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))).mean()
+    loss = preference_loss(wanted, opinion)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss, opinion)
+    torch.testing.assert_close(gradient, (q - p).detach() / 4, rtol=1e-10, atol=1e-12)
+    assert preference_loss(wanted, wanted).item() == pytest.approx(0.0, abs=1e-15)
+
+
+def proxied(decode: Any, **options: Any) -> tuple[RGLCD, Batch]:
+    torch.manual_seed(0)
+    backbone = Backbone(make_unet(), roles=("student", "ema"))
+    one = stage(proxy=True, guidance_scale=[1.0, 1.0], **options)
+    method = RGLCD(one, Context(backbone, toy.PROCESS, {}, None, decode, REWARDS))  # type: ignore[arg-type]
+    return method, latents().batch(0, 4, seed=0)
+
+
+def test_with_a_proxy_the_student_never_sees_the_rewards() -> None:
+    def decode(z: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return z
+
+    method, batch = proxied(decode, proxy_temperature=0.5)
+    loss, jumps = (
+        method.loss(batch, Draw((3,), torch.device("cpu"))),
+        method.jumps(batch, Draw((3,), torch.device("cpu"))),
+    )
+    x_0 = method._end(jumps)
+    assert method.proxy is not None and method.measures == {}
+    scores = method.proxy(x_0, torch.zeros(4, dtype=torch.int64), batch.cond)
+    opinion = sum(score.mean((1, 2, 3)) for score in scores) / len(scores)
+    torch.testing.assert_close(loss, method.distance(jumps) - 0.5 * opinion.mean(), rtol=1e-6, atol=1e-7)
+    student = list(method.context.backbone.role_parameters(STUDENT).values())
+    ours = torch.autograd.grad(loss, student, retain_graph=True, allow_unused=True)
+    alone = torch.autograd.grad(method.distance(jumps), student, allow_unused=True)
+    moved = [
+        g
+        for g, other in zip(ours, alone, strict=True)
+        if g is not None and other is not None and not torch.equal(g, other)
+    ]
+    assert moved and all(g.isfinite().all() for g in moved)
+    # its own step: the rewards of three ends, the student's being what is measured
+    (auxiliary,) = method.auxiliaries()
+    assert auxiliary.name == "proxy" and auxiliary.learning_rate is None
+    draw = Draw((4,), torch.device("cpu"))
+    jumps = method.jumps(batch, Draw((4,), torch.device("cpu")))
+    wanted = [0.3 * brightness(x, None) + 0.1 * contrast(x, None) for x in _three(method, batch, jumps)]
+    opinions = [method._opinion(x, batch.cond) for x in _three(method, batch, jumps)]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = sum(preference_loss((wanted[i] - wanted[j]) / 0.5, opinions[i] - opinions[j]) for i, j in pairs) / 3
+    torch.testing.assert_close(auxiliary.loss(batch, draw), expected, rtol=1e-5, atol=1e-7)
+    assert method.measures["brightness"].item() == pytest.approx(method._end(jumps).mean().item(), rel=1e-5)
+    # LCM's 1 + 1 + 3; the critic's look at the student's end 3; in its step the jumps 1 + 2 and three looks
+    assert method.stage.network_evaluations == 5 + 3 + 3 + 3
+
+
+def _three(method: RGLCD, batch: Batch, jumps: Any) -> list[Tensor]:
+    """The data's end, the target's by the boundary scalings of a consistency model, the student's."""
+    scaled = 10.0 * jumps.t_prev
+    skip, out = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+    alpha, sigma = (values[jumps.t_prev] for values in (toy.PROCESS.alpha, toy.PROCESS.sigma))
+
+    def at(values: np.ndarray) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32)[:, None, None, None]
+
+    x_0 = (jumps.x_prev - at(sigma) * jumps.m_target) / at(alpha)
+    return [batch.latents, at(skip) * jumps.x_prev + at(out) * x_0, method._end(jumps).detach()]
+
+
+def test_the_proxy_comes_to_prefer_what_the_rewards_prefer() -> None:
+    """On latents it has never seen."""
+    method, _ = proxied(lambda z: z, rewards=[TERMS[0]], proxy_temperature=0.02)
+    data, cpu = latents(), torch.device("cpu")
+    assert method.proxy is not None
+    optimizer = torch.optim.AdamW(method.proxy.parameters(), 3e-3)
+
+    @torch.no_grad()
+    def held_out() -> float:
+        losses = [method._proxy_loss(data.batch(100 + i, 4, seed=3), Draw((7, i), cpu)) for i in range(4)]
+        return torch.stack(losses).mean().item()
+
+    found = [held_out()]
+    for step in range(40):
+        loss = method._proxy_loss(data.batch(step, 4, seed=1), Draw((step,), cpu))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 19:
+            found.append(held_out())
+    assert found[1] < 0.5 * found[0]  # 0.25, 0.05
+    batch = data.batch(0, 4, seed=2)
+    cond = {name: value[:1].expand(16, *value.shape[1:]) for name, value in batch.cond.items()}
+    fresh = torch.randn(16, *batch.latents.shape[1:], generator=torch.Generator().manual_seed(5))
+    fresh = fresh + torch.linspace(-0.5, 0.5, 16)[:, None, None, None]
+    with torch.no_grad():
+        told = method._opinion(fresh, cond)
+    assert np.corrcoef(told.numpy(), brightness(fresh, None).numpy())[0, 1] > 0.7  # 0.90; 0.1 after ten steps
+
+
+def test_a_run_with_a_proxy_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    document = {"proxy": True, "proxy_learning_rate": 1e-2}
+    whole = train(tmp_path / "whole", document=document)
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", progress=stop_at("rg_lcd", 3), document=document)
+    assert_same(whole, train(tmp_path / "cut", resume=True, document=document))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(row["measures"]) >= {"brightness", "contrast", "seen", "proxy_loss"} for row in rows)
 
 
 def test_what_cannot_work() -> None:

@@ -203,12 +203,13 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_method_with_rewards_end_to_end(tmp_path: Path) -> None:
     rows = tmp_path / "paper.jsonl"
-    arguments = ["evaluate", "paper", "rg_lcd", "--seeds", "1", "--samples", "2", "--budget", "40", "--rows", str(rows)]
+    arguments = ["evaluate", "paper", "rg_lcd-latent-proxy", "--seeds", "1", "--samples", "2", "--budget", "40"]
+    arguments += ["--rows", str(rows)]
     tiny = ["data.count=8", "train.batch_size=4", "lora.rank=4", "lora.alpha=4.0"]
     arguments += ["--out", str(tmp_path / "out"), "--device", "cpu", *(part for one in tiny for part in ("--set", one))]
     assert cli.run(arguments) == 0
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [(row["method"], row["steps"]) for row in found] == [("rg_lcd", steps) for steps in (1, 2, 4, 8)]
     assert all(row["frechet"] > 0 and row["alignment"] is not None for row in found)
-    log = (tmp_path / "out" / "budget-40" / "seed-0" / "rg_lcd" / "metrics.jsonl").read_text().splitlines()
-    assert set(json.loads(log[0])["measures"]) == {"scene_alignment", "judge_preference"}
+    log = (tmp_path / "out" / "budget-40" / "seed-0" / "rg_lcd-latent-proxy" / "metrics.jsonl").read_text().splitlines()
+    assert set(json.loads(log[0])["measures"]) >= {"scene_alignment", "judge_preference", "proxy_loss"}
