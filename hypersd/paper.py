@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hypersd.evaluate.paper import (
     Variant,
     draw,
     evaluations_of,
+    figures,
     recipe_of,
 )
 from hypersd.evaluate.report import finite, versions
@@ -259,8 +261,13 @@ def choose(methods: Sequence[str]) -> list[Variant]:
 
 
 def write_page(rows: Path, page: Path) -> None:
-    """Draw the tables from the file of rows."""
-    text = draw(Ledger(rows).rows)
+    """Draw the tables from the file of rows; the figures, named after the page, stand beside it."""
+    found = Ledger(rows).rows
+    pictures = {page.with_name(f"{page.stem}-{table}.png"): data for table, data in figures(found).items()}
+    names = {path.stem.removeprefix(f"{page.stem}-"): path.name for path in pictures}
+    text = draw(found, names)
+    for picture, data in pictures.items():
+        atomic_write(picture, partial(Path.write_bytes, data=data))
     atomic_write(page, lambda path: path.write_text(text, "utf-8"))
 
 

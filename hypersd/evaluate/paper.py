@@ -266,16 +266,14 @@ def label(method: str, variant: str) -> str:
     return f"{method} ({variant})" if variant else method
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page, Markdown, of the rows of a Ledger."""
+def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None = None) -> str:
+    """The page, Markdown, of the rows of a Ledger. pictures: table -> the file of its figure, if there is one."""
     if not rows:
         raise HypersdError("there are no rows to draw; run `hypersd evaluate paper` first")
     lines = ["# The paper's tables in miniature", ""]
-    measured = [row for row in rows if row["table"] in TABLES]
-    names = ("budget", "samples", "features", "captions")
-    for settings in sorted({tuple(row[name] for name in names) for row in measured}):
-        budget, samples, features, _ = settings
-        same = [row for row in measured if tuple(row[name] for name in names) == settings]
+    groups = alike(rows)
+    for same in groups:
+        budget, samples, features = (same[0][name] for name in ("budget", "samples", "features"))
         seeds = sorted({row["seed"] for row in same})
         lines += [
             f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
@@ -291,7 +289,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for table, title in TABLES.items():
             found = [row for row in same if row["table"] == table]
-            lines += _table(title, found)
+            lines += _table(title, found, (pictures or {}).get(table, "") if same is groups[-1] else "")
             done = {(row["method"], row["variant"]) for row in found}
             missing = [
                 label(v.method, v.name) for v in VARIANTS if table in v.tables and (v.method, v.name) not in done
@@ -301,11 +299,12 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(title: str, rows: Sequence[Mapping[str, Any]], picture: str) -> list[str]:
     if not rows:
         return []
     names = ("Frechet", "to the teacher", "alignment", "objects", "aesthetic", "diversity", "evaluations")
-    lines = [f"## {title}", "", "| steps | method | " + " | ".join(names) + " |"]
+    figure = [f"![{title}: quality over sampling steps]({picture})", ""] if picture else []
+    lines = [f"## {title}", "", *figure, "| steps | method | " + " | ".join(names) + " |"]
     lines.append("| --- " * 2 + "| ---: " * len(names) + "|")
     keys = dict.fromkeys((row["steps"], row["method"], row["variant"]) for row in rows)
     for steps, method, variant in sorted(keys, key=lambda key: key[0]):
@@ -314,6 +313,46 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         values.append(f"{cell[0]['network_evaluations']:,}")
         lines.append(f"| {steps} | {label(method, variant)} | " + " | ".join(values) + " |")
     return [*lines, ""]
+
+
+def alike(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The tables' rows, those with the same budget, pictures, features and captions together; the largest come last."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["table"] in TABLES:
+            key = tuple(row[name] for name in ("budget", "samples", "features", "captions"))
+            groups.setdefault(key, []).append(row)
+    return [groups[key] for key in sorted(groups)]
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Table -> its figure, PNG, of the last group of rows."""
+    from hypersd.evaluate.plots import comparison
+
+    found = {}
+    same = (alike(rows) or [[]])[-1]
+    known = _lines(same, "2")
+    for table in TABLES:
+        named = {label(*key): line for key, line in _lines(same, table).items() if key[0] not in (TEACHER, UNDISTILLED)}
+        if len(named) < 2:
+            continue
+        strong = next((name for name in named if name.startswith("unified")), next(iter(named)))
+        found[table] = comparison(named, known.get((TEACHER, ""), {}), known.get((UNDISTILLED, ""), {}), strong)
+    return found
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], table: str) -> dict[tuple[str, str], Any]:
+    """(method, variant) -> column -> steps -> each seed's value. Weights for one number of steps each are one line."""
+    single = {(v.method, v.name) for v in VARIANTS if len(v.steps) == 1 and "=" in v.name}
+    found: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        if row["table"] != table:
+            continue
+        key = (row["method"], "" if (row["method"], row["variant"]) in single else row["variant"])
+        for column in COLUMNS:
+            if row[column] is not None:
+                found.setdefault(key, {}).setdefault(column, {}).setdefault(row["steps"], []).append(row[column])
+    return found
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:

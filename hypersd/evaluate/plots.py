@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,87 @@ def curves(metrics: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], them
 
     losses: {"stage": name, "step": global optimizer step, "loss": value} in order; may be empty.
     """
+    names = [name for name in PANELS if metrics["teacher"].get(name) is not None]
+    with _figure((11, 6.5 if losses else 3.5), theme) as (figure, buffer):
+        shape = figure.add_gridspec(2 if losses else 1, max(len(names), 1))
+        if losses:
+            _losses(figure.add_subplot(shape[0, :]), losses, theme)
+        for column, name in enumerate(names):
+            _quality(figure.add_subplot(shape[-1, column]), metrics, name, theme)
+        if names:
+            handles, labels = figure.axes[-1].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return buffer.getvalue()
+
+
+COMPARED = {
+    "frechet": PANELS["frechet"],
+    "alignment": PANELS["alignment"],
+    "aesthetic": "preference (higher)",
+    "diversity": PANELS["diversity"],
+}
+OTHERS = ("#0f9f8f", "#8a4fd0", "#c9437f", "#5b8c2a", "#8d6e63", "#d1a000", "#5f7a94", "#b5452f", "#2aa7d6", "#98983a")
+Line = Mapping[str, Mapping[int, Sequence[float]]]  # column of COMPARED -> number of steps -> the value of each seed
+
+
+def comparison(
+    lines: Mapping[str, Line], teacher: Line, undistilled: Line, strong: str = "", theme: Theme = LIGHT
+) -> bytes:
+    """PNG: quality over sampling steps, a line a method, mean and standard deviation over the seeds.
+
+    `strong`: the one that stands out. The teacher is a level across. The undistilled model's line may leave the
+    picture: the others decide what is in it.
+    """
+    colours = {
+        label: OTHERS[number % len(OTHERS)] for number, label in enumerate(name for name in lines if name != strong)
+    }
+    with _figure((11, 3.9), theme) as (figure, buffer):
+        for axes, (column, title) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
+            seen = [values for line in (*lines.values(), teacher) for values in line.get(column, {}).values()]
+            for label, line in lines.items():
+                width = 2.2 if label == strong else 1.1
+                _line(axes, label, line.get(column, {}), colours.get(label, theme.student), linewidth=width)
+            _line(axes, "undistilled", undistilled.get(column, {}), theme.undistilled, linestyle=":")
+            for values in teacher.get(column, {}).values():
+                axes.axhline(np.mean(values), color=theme.teacher, linestyle="--", linewidth=1.2, label="teacher")
+            _limits(axes, np.concatenate(seen) if seen else np.zeros(1), logarithmic=column == "frechet")
+            ticks = sorted({steps for line in lines.values() for steps in line.get(column, {})})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+            axes.set_xlabel("sampling steps")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    return buffer.getvalue()
+
+
+def _line(axes: Any, label: str, values: Mapping[int, Sequence[float]], colour: str, **options: Any) -> None:
+    steps = sorted(values)
+    means = [np.mean(values[n]) for n in steps]
+    spread = [np.std(values[n], ddof=1) if len(values[n]) > 1 else 0.0 for n in steps]
+    style = {"fmt": "o-", "markersize": 3, "elinewidth": 0.9, "linewidth": 1.1} | options
+    axes.errorbar(steps, means, spread, label=label, color=colour, **style)
+
+
+def _limits(axes: Any, seen: np.ndarray, logarithmic: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = float(seen.min()), float(seen.max())
+    if logarithmic and low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.15, high * 1.15)
+    else:
+        margin = 0.06 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)
+
+
+@contextmanager
+def _figure(size: tuple[float, float], theme: Theme) -> Iterator[tuple[Any, io.BytesIO]]:
+    """A figure of so many inches in the theme's colours; what is drawn on it is in the buffer, PNG, after the block."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = {
@@ -127,22 +209,11 @@ def curves(metrics: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], them
         "axes.spines.right": False, "grid.color": theme.line, "axes.grid": True, "axes.axisbelow": True,
         "legend.frameon": False,
     }  # fmt: skip
-    import matplotlib
-
-    names = [name for name in PANELS if metrics["teacher"].get(name) is not None]
+    buffer = io.BytesIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(11, 6.5 if losses else 3.5), dpi=150, layout="constrained")
-        shape = figure.add_gridspec(2 if losses else 1, max(len(names), 1))
-        if losses:
-            _losses(figure.add_subplot(shape[0, :]), losses, theme)
-        for column, name in enumerate(names):
-            _quality(figure.add_subplot(shape[-1, column]), metrics, name, theme)
-        if names:
-            handles, labels = figure.axes[-1].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        buffer = io.BytesIO()
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        yield figure, buffer
         figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _losses(axes: Any, losses: Sequence[Mapping[str, Any]], theme: Theme) -> None:

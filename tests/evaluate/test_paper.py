@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from hypersd import cli
 from hypersd.distill.recipe import load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
-from hypersd.evaluate.paper import COLUMNS, TABLES, VARIANTS, Ledger, Variant, draw, evaluations_of, recipe_of, spread
+from hypersd.evaluate.paper import (
+    COLUMNS,
+    TABLES,
+    VARIANTS,
+    Ledger,
+    Variant,
+    draw,
+    evaluations_of,
+    figures,
+    recipe_of,
+    spread,
+)
 from hypersd.paper import Paper
 
 KEYS = {
@@ -142,6 +154,10 @@ def test_the_page() -> None:
     assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines and "-9" not in page
     assert "Not measured: teacher, undistilled, tcd, pcm (phases=1), " in page and page.count("Not measured") == 1
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
+    two = [row("lcm", 2, 0, 4.0), row("tcd", 2, 0, 4.0)]
+    found = figures([*two, row("teacher", 25, 0, 1.0), row("tcd", 2, 0, 4.0) | {"table": "3"}])
+    assert list(found) == ["2"] and found["2"].startswith(b"\x89PNG")  # one line is nothing to compare
+    assert ".png" not in page and "](x.png)" in draw([row("lcm", 2, 0, 4.0)], {"2": "x.png", "3": "y.png"})
     with pytest.raises(HypersdError, match="no rows"):
         draw([])
     assert spread([2.0, 4.0]) == "3 ± 1.4" and spread([None]) == "–"
@@ -173,7 +189,11 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert weights.stat().st_mtime_ns == stamp
     assert [json.loads(line)["frechet"] for line in rows.read_text().splitlines()] == [r["frechet"] for r in first]
     assert cli.run([*arguments, "--draw", "--page", str(page)]) == 0
-    assert "| 2 | pcm (phases=2) |" in page.read_text()
+    assert (
+        "| 2 | pcm (phases=2) |" in page.read_text() and "quality over sampling steps](paper-2.png)" in page.read_text()
+    )
+    with Image.open(tmp_path / "paper-2.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
     rows.write_text("")
     assert cli.run([*arguments, "--set", "train.learning_rate=1e-5"]) == 1
     assert "was trained by another recipe" in capsys.readouterr().err
