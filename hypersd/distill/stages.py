@@ -47,6 +47,7 @@ class TSCDStage(ConsistencyStage):
     `adaptive` multiplies the critic's opinion by the ratio of the two gradients (CTM), within [0.01, 10].
     `critic`: "features", heads on the frozen network; "encoder", a trained copy of its encoder that sees the start as
     well, but not in the last part `unconditional` of the stage (None: 0.25 with 1 or 2 segments, else 0).
+    `critic_warmup`: the first part of the stage, in which the critic learns and has no say (CTM).
     `critic_learning_rate` None: the student's.
     `sampling_guidance`: g of the sampler, for weights that keep guidance and negative prompts: taught with
     guidance_scale = [1, 1], data.caption_dropout of 0.1 to 0.2, and no fewer than 8 segments.
@@ -61,6 +62,7 @@ class TSCDStage(ConsistencyStage):
     adaptive: bool = False
     critic: Literal["features", "encoder"] = "features"
     unconditional: Probability | None = None
+    critic_warmup: Probability = 0.0
     critic_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-5
     segments: Positive
     grid: Positive = 40
@@ -117,7 +119,15 @@ class TSCDStage(ConsistencyStage):
             look = 3 + 2  # at the student's end with a gradient; at two ends without
         if self.adaptive:  # its gradient once more
             look += 2 * (ENCODER if self.critic == "encoder" else 1)
-        return super().network_evaluations + jumps + look
+        return super().network_evaluations + jumps + look - self._unasked
+
+    @property
+    def _unasked(self) -> float:
+        """What the critic's silence saves: its looks at the student's ends, and at the starts where it sees those."""
+        end = 3 + 2 * self.adaptive
+        if self.critic == "features":
+            return self.critic_warmup * end
+        return ENCODER * (self.critic_warmup * end + min(self.critic_warmup, 1.0 - self.unpaired))
 
     def follow(self, before: BaseStage) -> None:
         if not isinstance(before, TSCDStage | TCDStage):

@@ -61,6 +61,8 @@ class TSCD(Consistency):
         loss = self.distance(jumps)
         if self.adversary is None or not isinstance(self.stage, TSCDStage):
             return loss
+        if draw.progress < self.stage.critic_warmup:
+            return self.stage.weights[0] * loss
         opinion = self.adversary.generator_loss(self._ends(jumps), batch.cond, draw)
         weight, adversarial = self.stage.weights
         if self.stage.adaptive:

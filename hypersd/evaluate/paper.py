@@ -278,7 +278,11 @@ def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None =
         lines += [
             f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
             f"{samples:,} pictures a row, features: {features}; "
-            + (f"mean and standard deviation over the seeds {', '.join(map(str, seeds))}" if seeds[1:] else "one seed")
+            + (
+                f"mean and standard deviation over the seeds {', '.join(map(str, seeds))} (where none is given: one seed)"
+                if seeds[1:]
+                else "one seed"
+            )
             + ". Written by `hypersd evaluate paper --draw`.",
             "",
             "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "

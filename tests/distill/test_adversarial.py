@@ -174,6 +174,31 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long(monkeypatch: pyte
     assert adaptive.stage.network_evaluations == pytest.approx(plain.stage.network_evaluations + 2 / 3)
 
 
+def test_a_critic_that_warms_up_learns_and_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, cpu = Scene("v_prediction"), torch.device("cpu")
+    options = {"loss": "mse", "consistency_weight": 0.5, "adversarial_weight": 1.0, "adaptive": True}
+    plain, _, _ = paired(scene, monkeypatch, **options)
+    warming, _, _ = paired(scene, monkeypatch, critic_warmup=0.3, **options)
+    batch = Batch(scene.x_0, {"c": scene.c})
+    early = warming.loss(batch, Draw(KEY, cpu, progress=0.29))
+    torch.testing.assert_close(early, 0.5 * warming.distance(warming.jumps(batch, Draw(KEY, cpu))), rtol=1e-9, atol=0)
+    assert "adaptive_weight" not in warming.measures  # nor is the student's gradient asked for
+    later = [method.loss(batch, Draw(KEY, cpu, progress=0.3)) for method in (plain, warming)]
+    assert torch.equal(*later) and not torch.equal(later[1], early)
+    (auxiliary,) = warming.auxiliaries()
+    loss = auxiliary.loss(batch, Draw(KEY, cpu, progress=0.0))
+    assert loss.requires_grad and loss.item() > 0
+    # a third of the encoder's looks, each: the student's end 3 and again 2, the start 1
+    saved = plain.stage.network_evaluations - warming.stage.network_evaluations
+    assert saved == pytest.approx(0.3 * (5 + 1) / 3)
+    late = plain.stage.model_copy(update={"critic_warmup": 0.8, "unconditional": 0.5})
+    whole = late.model_copy(update={"critic_warmup": 0.0})
+    assert whole.network_evaluations - late.network_evaluations == pytest.approx((0.8 * 5 + 0.5) / 3)
+    heads = late.model_copy(update={"critic": "features"})
+    silent = heads.model_copy(update={"critic_warmup": 0.0})
+    assert silent.network_evaluations - heads.network_evaluations == pytest.approx(0.8 * 5)
+
+
 def test_a_run_with_an_encoder_critic_resumes_with_the_same_bits(tiny_unet: Any, tmp_path: Path) -> None:
     options = {"critic": "encoder", "staged_weights": True, "unconditional": 0.5, "critic_learning_rate": 1e-3}
     r = recipe(2, iterations=4, train={"checkpoint_every": 2}, **options)
