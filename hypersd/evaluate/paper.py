@@ -275,15 +275,11 @@ def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None =
     for same in groups:
         budget, samples, features = (same[0][name] for name in ("budget", "samples", "features"))
         seeds = sorted({row["seed"] for row in same})
+        over = f"mean and standard deviation over the seeds {', '.join(map(str, seeds))}; without one, a single seed"
         lines += [
             f"Each training spends {budget:,.0f} network evaluations of one sample (forward 1, backward 2). "
-            f"{samples:,} pictures a row, features: {features}; "
-            + (
-                f"mean and standard deviation over the seeds {', '.join(map(str, seeds))} (where none is given: one seed)"
-                if seeds[1:]
-                else "one seed"
-            )
-            + ". Written by `hypersd evaluate paper --draw`.",
+            f"{samples:,} pictures a row, features: {features}; {over if seeds[1:] else 'one seed'}. "
+            "Written by `hypersd evaluate paper --draw`.",
             "",
             "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "
             "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by trial "
@@ -362,14 +358,33 @@ def _lines(rows: Sequence[Mapping[str, Any]], table: str) -> dict[tuple[str, str
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    lines = ["## Differences, paired over captions", "", "| steps | method | against | column | difference | 95 % |"]
-    lines.append("| --- | --- | --- | --- | ---: | --- |")
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: len(row.get("seeds", ()))):  # of each pair that with the most seeds
         best[tuple(row[name] for name in ("steps", "against", "method", "column"))] = row
+    counts: dict[tuple[Any, ...], list[str]] = {}
+    for (steps, _, method, column), row in sorted(best.items()):
+        counts.setdefault((steps, method, column), []).append(verdict(row))
+    lines = ["## Differences, paired over captions", ""]
+    lines += ["How many of the others the method differs from, with an interval that leaves out 0.", ""]
+    lines += [
+        "| steps | method | column | better than | undecided | worse than |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for (steps, method, column), found in counts.items():
+        each = " | ".join(str(found.count(name)) for name in ("better", "undecided", "worse"))
+        lines.append(f"| {steps} | {method} | {column} | {each} |")
+    lines += ["", "| steps | method | against | column | difference | 95 % | seeds |"]
+    lines.append("| --- | --- | --- | --- | ---: | --- | ---: |")
     for _, row in sorted(best.items()):
         lines.append(
             f"| {row['steps']} | {row['method']} | {row['against']} | {row['column']} | {row['difference']:+.3g} "
-            f"| {row['low']:+.3g} to {row['high']:+.3g} |"
+            f"| {row['low']:+.3g} to {row['high']:+.3g} | {len(row['seeds'])} |"
         )
     return [*lines, ""]
+
+
+def verdict(pair: Mapping[str, Any]) -> str:
+    """By the interval of the difference: better, worse or undecided."""
+    if pair["low"] <= 0.0 <= pair["high"]:
+        return "undecided"
+    return "better" if (pair["high"] < 0.0) == (pair["column"] in LOWER_IS_BETTER) else "worse"

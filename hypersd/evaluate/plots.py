@@ -177,7 +177,7 @@ def _line(axes: Any, label: str, values: Mapping[int, Sequence[float]], colour: 
     steps = sorted(values)
     means = [np.mean(values[n]) for n in steps]
     spread = [np.std(values[n], ddof=1) if len(values[n]) > 1 else 0.0 for n in steps]
-    style = {"fmt": "o-", "markersize": 3, "elinewidth": 0.9, "linewidth": 1.1} | options
+    style = {"marker": "o", "linestyle": "-", "markersize": 3, "elinewidth": 0.9, "linewidth": 1.1} | options
     axes.errorbar(steps, means, spread, label=label, color=colour, **style)
 
 

@@ -147,11 +147,14 @@ def test_the_page() -> None:
     pair |= {"difference": -1.5, "low": -2.0, "high": -1.0}
     older = pair | {"difference": -9.0, "seeds": [0]}
     pair |= {"seeds": [0, 1]}
-    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair, older])
+    worse = pair | {"column": "alignment", "low": -0.2, "high": -0.1}
+    open_ = pair | {"against": "tcd", "high": 0.5}
+    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair, older, worse, open_])
     lines = page.splitlines()
     assert "| 1 | lcm | 9 ± 1.4 | – | 1 ± 0 | 1 ± 0 | 1 ± 0 | 1 ± 0 | 500,000 |" in lines
     assert lines.index("| 2 | lcm | 4 | – | 1 | 1 | 1 | 1 | 500,000 |") > 0
-    assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 |" in lines and "-9" not in page
+    assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 | 2 |" in lines and "-9" not in page
+    assert "| 1 | tscd | frechet | 1 | 1 | 0 |" in lines and "| 1 | tscd | alignment | 0 | 0 | 1 |" in lines
     assert "Not measured: teacher, undistilled, tcd, pcm (phases=1), " in page and page.count("Not measured") == 1
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
     two = [row("lcm", 2, 0, 4.0), row("tcd", 2, 0, 4.0)]
