@@ -5,10 +5,10 @@ The clean sample that the student's single jump ends in is decoded, and what rew
     L = L_LCM - sum_d w_d E[r_d(decode(f(x_t, student, t)), c)]
 
 Nothing bounds the rewards here, so they can be driven too far: a reward with weight 0 only watches, and when it falls
-while the others rise the run says so (hypersd.distill.watch). The paper's remedy is a latent proxy (section 4.2): the
-student climbs p, a small network's opinion of latents, which noise that only the decoder sees does not move, and which
-is trained beside the student to prefer as the rewards r = sum_d w_d r_d do. Of each caption there are the student's
-end, the target's and the data's, and of each pair of the three
+while the others rise the run says so (hypersd.distill.watch). The paper's remedy, against the fine noise that such
+pictures get, is a latent proxy (section 4.2): the student climbs p, a network's opinion of latents, which is trained
+beside the student to prefer as the rewards r = sum_d w_d r_d do. Of each caption there are the student's end, the
+target's and the data's, and of each pair of the three
 
     L_p = KL(s((r_i - r_j) / tau) || s(p_i - p_j)),   L = L_LCM - tau E[p(f(x_t, student, t), c)]
 
