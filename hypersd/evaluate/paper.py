@@ -336,7 +336,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
         named = {label(*key): line for key, line in _lines(same, table).items() if key[0] not in (TEACHER, UNDISTILLED)}
         if len(named) < 2:
             continue
-        strong = next((name for name in named if name.startswith("unified")), next(iter(named)))
+        usual = next((name for name in named if name.startswith("tscd")), next(iter(named)))
+        strong = next((name for name in named if name.startswith("unified")), usual)
         found[table] = comparison(named, known.get((TEACHER, ""), {}), known.get((UNDISTILLED, ""), {}), strong)
     return found
 

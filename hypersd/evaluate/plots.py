@@ -169,7 +169,7 @@ def comparison(
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
             axes.set_xlabel("sampling steps")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+        figure.legend(handles, labels, loc="outside lower center", ncols=7)
     return buffer.getvalue()
 
 
