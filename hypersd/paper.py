@@ -263,11 +263,11 @@ def choose(methods: Sequence[str]) -> list[Variant]:
 def write_page(rows: Path, page: Path) -> None:
     """Draw the tables from the file of rows; the figures, named after the page, stand beside it."""
     found = Ledger(rows).rows
-    pictures = {page.with_name(f"{page.stem}-{table}.png"): data for table, data in figures(found).items()}
-    names = {path.stem.removeprefix(f"{page.stem}-"): path.name for path in pictures}
+    drawn = figures(found)
+    names = {table: f"{page.stem}-{table}.png" for table in drawn}
     text = draw(found, names)
-    for picture, data in pictures.items():
-        atomic_write(picture, partial(Path.write_bytes, data=data))
+    for table, name in names.items():
+        atomic_write(page.with_name(name), partial(Path.write_bytes, data=drawn[table]))
     atomic_write(page, lambda path: path.write_text(text, "utf-8"))
 
 
