@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypersd.distill.recipe import Recipe, completed
 from hypersd.distill.trainer import Trainer
 from hypersd.errors import HypersdError
 from hypersd.evaluate.generate import generate
-from hypersd.evaluate.metrics import Moments, frechet_distance, paired_bootstrap
+from hypersd.evaluate.metrics import Moments, frechet_distance, paired_difference, resample
 from hypersd.evaluate.paper import (
     COLUMNS,
     GUIDANCE,
@@ -56,6 +57,8 @@ from hypersd.sampling.timesteps import trailing
 VARIETY = (64, 4)  # captions, pictures of each
 CAPTIONS_SEED = 1  # every row is judged on the same captions; recipes were chosen on those of seed 0
 MAIN = ("unified", "tscd")  # what the others are compared with: the first that has rows
+PAIRED = ("frechet", "alignment", "objects", "aesthetic")  # compared caption by caption
+RESAMPLES = 200  # of the Frechet distance; 1,000 of the others, which are means over the captions
 
 
 class Paper:
@@ -63,6 +66,7 @@ class Paper:
 
     Under `out`: budget-<budget>/seed-<seed>/<method>-<variant>, a folder for each training with its LoRA files and, per
     number of steps, the features and scores of every caption; the encoded pictures, shared by the trainings of a seed.
+    Beside `rows`, in a folder of its name: what comparisons need of each training, so that they do not need `out`.
     Any number of processes may share `out` and `rows`: each takes the trainings that no other is at.
     """
 
@@ -90,7 +94,7 @@ class Paper:
         self.settings: dict[str, Any] = {"budget": budget, "samples": samples, "captions": CAPTIONS_SEED}
 
     def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-        """Add the rows that lack. Comparisons come last, where all seeds of both sides are there."""
+        """Add the rows that lack. Comparisons come last, over the seeds that both sides have."""
         wanted = [(variant, seed) for seed in seeds for variant in variants]
         taken = [each for each in wanted if not self.variant(*each, wait=False)]  # by other processes
         for each in taken:
@@ -131,6 +135,7 @@ class Paper:
         if variant.method != TEACHER:
             row["frechet_to_teacher"] = frechet_distance(Moments.of(features), Moments.of(self.teacher(seed)))
         row["diversity"] = float(found["diversity"])
+        self.keep(variant, steps, seed, found)
         stages = self.stages_of(variant, recipe, steps)
         cost = {"train_seconds": 0.0, "network_evaluations": 0}
         if recipe is not None:
@@ -213,27 +218,42 @@ class Paper:
         teacher = next(variant for variant in VARIANTS if variant.method == TEACHER)
         return self.pictures(teacher, TEACHER_STEPS, seed)["features"]
 
+    def keep(self, variant: Variant, steps: int, seed: int, found: dict[str, Tensor]) -> None:
+        """What comparisons need of one number of steps: the scores of every caption, the Frechet distance resampled."""
+        path, kept = self.kept(variant, seed), self.comparable(variant, seed)
+        kept |= {f"{steps}/{name}": values.float() for name, values in found.items() if name in PAIRED}
+        kept[f"{steps}/frechet"] = resample(found["features"], self._frechet, resamples=RESAMPLES).float()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda temporary: save_file(kept, temporary))
+
+    def comparable(self, variant: Variant, seed: int) -> dict[str, Tensor]:
+        """<steps>/<column> -> what `keep` filed."""
+        path = self.kept(variant, seed)
+        return load_file(path) if path.exists() else {}
+
+    def kept(self, variant: Variant, seed: int) -> Path:
+        same = "-".join(f"{name}-{value:g}" for name, value in self.settings.items())
+        name = f"{variant.folder}-by-stage" if variant.by_stage else variant.folder
+        return self.ledger.path.with_suffix("") / same / f"seed-{seed}" / f"{name}.safetensors"
+
     def compare(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-        """One row, table "pairs", for each column that is known caption by caption, and the Frechet distance."""
+        """One row, table "pairs", for each column of PAIRED; earlier ones over fewer seeds stay."""
         self.ledger.read()
         offered = [v for v in variants if "2" in v.tables and v.stages]
         main = next((v for name in MAIN for v in offered if v.method == name), None)
-        for other in offered if main is not None else []:
-            if main is None or other is main:
-                continue
-            for steps in sorted(set(main.steps) & set(other.steps)):
-                ours, theirs = ([self.pictures(v, steps, seed) for seed in seeds] for v in (main, other))
-                for column in ("frechet", "alignment", "objects", "aesthetic"):
-                    key = {"table": "pairs", "method": main.method, "against": other.folder, "steps": steps}
-                    key |= {"column": column, "seeds": list(seeds)} | self.settings
-                    name = "features" if column == "frechet" else column
-                    if self.ledger.find(**key) or name not in ours[0]:
-                        continue
-                    statistic = None if column != "frechet" else self._frechet
-                    values = paired_bootstrap(
-                        [found[name] for found in ours], [found[name] for found in theirs], statistic,
-                        resamples=200 if statistic else 1000,
-                    )  # fmt: skip
+        if main is None:
+            return
+        ours = {seed: self.comparable(main, seed) for seed in seeds}
+        for other in (v for v in offered if v is not main):
+            theirs = {seed: self.comparable(other, seed) for seed in seeds}
+            for steps, column in product(sorted(set(main.steps) & set(other.steps)), PAIRED):
+                name = f"{steps}/{column}"
+                both = [seed for seed in seeds if name in ours[seed] and name in theirs[seed]]
+                key = {"table": "pairs", "method": main.method, "against": other.folder, "steps": steps}
+                key |= {"column": column, "seeds": both} | self.settings
+                if both and not self.ledger.find(**key):
+                    runs = [[_draws(found[seed][name], column) for seed in both] for found in (ours, theirs)]
+                    values = paired_difference(*runs)
                     self.ledger.append(key | dict(zip(("difference", "low", "high"), values, strict=True)))
 
     def _frechet(self, features: Tensor) -> float:
@@ -274,3 +294,7 @@ def write_page(rows: Path, page: Path) -> None:
 def _seconds(folder: Path, stages: int | None) -> float:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     return sum(row["seconds"] for row in rows if stages is None or row["index"] < stages)
+
+
+def _draws(kept: Tensor, column: str) -> Tensor:
+    return kept if column == "frechet" else resample(kept)

@@ -126,33 +126,31 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_bootstrap(
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    statistic: Callable[[Tensor], float] | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """(difference, low, high): the mean of `statistic` over the runs of `first` less that over the runs of `second`,
-    with its percentile interval.
+def resample(
+    rows: Tensor, statistic: Callable[[Tensor], float] | None = None, *, resamples: int = 1000, seed: int = 0
+) -> Tensor:
+    """(1 + resamples,) float64: `statistic` of (N, ...), one row a caption, then of N rows drawn with replacement, over
+    and over. What is drawn depends on N and `seed` alone: results for the same captions may be subtracted draw by draw.
 
-    Each run is (N, ...), one row a caption, the same captions in the same order in every run of both. Captions are
-    drawn with replacement, one draw for all runs, so what makes a caption hard cancels out. statistic: of the rows of
-    one run; their mean without NaN unless given.
+    statistic: the mean without NaN unless given.
+    """
+    measure = statistic or (lambda rows: float(rows.double().nanmean()))
+    rng, count = np.random.default_rng(seed), len(rows)
+    drawn = (torch.from_numpy(rng.integers(0, count, count)) for _ in range(resamples))
+    return torch.tensor([measure(rows), *(measure(rows[index]) for index in drawn)], dtype=torch.float64)
+
+
+def paired_difference(
+    first: Sequence[Tensor], second: Sequence[Tensor], *, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(difference, low, high): the mean over the runs of `first` less that over the runs of `second`, with its
+    percentile interval. Each run is what `resample` gives for the same captions in the same order: one draw of captions
+    for all runs, so what makes a caption hard cancels out.
     """
     counts = {len(run) for run in [*first, *second]}
-    if not first or not second or len(counts) != 1 or counts == {0}:
-        raise HypersdError(f"a paired comparison needs runs over the same captions, got {sorted(counts)} of them")
-    (count,) = counts
-    measure = statistic or (lambda rows: float(rows.double().nanmean()))
-
-    def difference(index: Tensor) -> float:
-        one, two = (np.mean([measure(run[index]) for run in runs]) for runs in (first, second))
-        return float(one - two)
-
-    rng = np.random.default_rng(seed)
-    drawn = [difference(torch.from_numpy(rng.integers(0, count, count))) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return difference(torch.arange(count)), float(low), float(high)
+    if not first or not second or len(counts) != 1 or counts <= {0, 1}:
+        raise HypersdError(f"a paired comparison needs runs with the same draws, got {sorted(counts)} of them")
+    one, two = (np.mean([run.double().numpy() for run in runs], axis=0) for runs in (first, second))
+    difference = one - two
+    low, high = np.quantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(difference[0]), float(low), float(high)

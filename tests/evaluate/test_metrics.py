@@ -12,7 +12,8 @@ from hypersd.evaluate.metrics import (
     frechet_distance,
     kernel_distance,
     object_recall,
-    paired_bootstrap,
+    paired_difference,
+    resample,
 )
 
 
@@ -108,31 +109,39 @@ def test_bootstrap_interval_has_the_width_of_the_normal_one_and_repeats():
     assert bootstrap_interval(np.array([1.0, 1.0, np.nan])) == (1.0, 1.0)
 
 
-def test_paired_bootstrap_sees_a_shift_that_the_spread_of_captions_hides():
+def test_paired_draws_see_a_shift_that_the_spread_of_captions_hides():
     rng = np.random.default_rng(0)
     hard = rng.normal(0.0, 10.0, 400)  # what a caption is worth, in both
     first, second = ([torch.from_numpy(hard + shift + rng.normal(0, 0.5, 400)) for _ in range(2)] for shift in (0.3, 0))
-    difference, low, high = paired_bootstrap(first, second)
+    ours, theirs = ([resample(run) for run in runs] for runs in (first, second))
+    difference, low, high = paired_difference(ours, theirs)
     assert difference == pytest.approx(float(torch.stack(first).mean() - torch.stack(second).mean()))
     # two runs a side, independent noise: the variance of a caption's difference is 4 * 0.25 / 4
     assert 0.2 < low < difference < high < 0.4
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
-    swapped = paired_bootstrap(second, first)
-    assert swapped == pytest.approx((-difference, -high, -low))
-    assert paired_bootstrap(first, first) == (0.0, 0.0, 0.0)
+    assert paired_difference(theirs, ours) == pytest.approx((-difference, -high, -low))
+    assert paired_difference(ours, ours) == (0.0, 0.0, 0.0)
+    # draws of other captions would not be paired
+    others = [resample(run, seed=1) for run in second]
+    _, low, high = paired_difference(ours, others)
+    assert high - low > 1.0
 
 
-def test_paired_bootstrap_of_a_distance():
+def test_resampling_a_distance():
     real = gaussian(torch.zeros(2), torch.eye(2))
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((500, 2)))
     x = x - x.mean(0)
-    near, far = x + torch.tensor([0.2, 0.0]), x + torch.tensor([0.5, 0.0])
-    difference, low, high = paired_bootstrap(
-        [near], [far], lambda rows: frechet_distance(Moments.of(rows), real), resamples=200
+    near, far = (
+        resample(x + torch.tensor([shift, 0.0]), lambda rows: frechet_distance(Moments.of(rows), real), resamples=200)
+        for shift in (0.2, 0.5)
     )
+    assert near.shape == (201,) and near.dtype == torch.float64
+    difference, low, high = paired_difference([near], [far])
     assert low < difference < high < 0 and difference == pytest.approx(0.2**2 - 0.5**2, abs=0.05)
-    with pytest.raises(HypersdError, match="the same captions"):
-        paired_bootstrap([x], [x[1:]])
+    with pytest.raises(HypersdError, match="the same draws, got .3, 201. of them"):
+        paired_difference([near], [near[:3]])
+    with pytest.raises(HypersdError, match="the same draws"):
+        paired_difference([near], [])
 
 
 def test_broken_features_are_refused():

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hypersd import cli
 from hypersd.distill.recipe import load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
+from hypersd.evaluate.metrics import Moments, frechet_distance
 from hypersd.evaluate.paper import (
     COLUMNS,
     TABLES,
@@ -183,6 +187,8 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert 0 <= row["objects"] <= 1 and row["diversity"] > 0
     # 8 pictures a step; pcm: 2 + 1 + 3 evaluations of each, perflow: 8 steps of 2, and 3
     assert [row["network_evaluations"] for row in first] == [4 * 8 * 6, 1 * 8 * 19]
+    kept = load_file(tmp_path / "paper/budget-200-samples-8-captions-1/seed-0/pcm-phases2.safetensors")
+    assert kept["2/alignment"].shape == (8,) and float(kept["2/frechet"][0]) == pytest.approx(first[0]["frechet"])
     before = rows.read_text()
     assert cli.run(arguments) == 0 and rows.read_text() == before
     rows.write_text(before.splitlines()[0] + "\n")
@@ -202,6 +208,40 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "was trained by another recipe" in capsys.readouterr().err
     assert cli.run(["evaluate", "paper", "lcn"]) == 2
     assert "method 'lcn' is unknown; known: dmd2, " in capsys.readouterr().err
+
+
+def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None:
+    """Over the seeds that both sides have; earlier ones over fewer stay."""
+    rows = tmp_path / "rows" / "paper.jsonl"
+
+    def job(out: str) -> Paper:
+        return Paper(tmp_path / out, rows, budget=40.0, samples=16, device="cpu")
+
+    ours, theirs = (next(v for v in VARIANTS if v.method == name) for name in ("unified", "tcd"))
+    generator = torch.Generator().manual_seed(0)
+    first, values = job("first"), {}
+    for variant, seeds in ((ours, (0, 1, 2)), (theirs, (1, 2))):
+        for seed in seeds:
+            features = torch.randn(16, 8, generator=generator) + len(seeds)
+            first.judge.real = Moments.of(torch.randn(64, 8, generator=generator))
+            found = {"features": features, "alignment": torch.rand(16, generator=generator, dtype=torch.float64)}
+            first.keep(variant, 2, seed, found)
+            values[variant.method, seed] = (
+                frechet_distance(Moments.of(features), first.judge.real),
+                float(found["alignment"].mean()),
+            )
+    job("second").compare([ours, theirs], [1])
+    job("third").compare([ours, theirs], [0, 1, 2])
+    job("third").compare([ours, theirs], [0, 1, 2])
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["column"], row["seeds"]) for row in written] == [
+        ("frechet", [1]), ("alignment", [1]), ("frechet", [1, 2]), ("alignment", [1, 2]),
+    ]  # fmt: skip
+    for row in written:
+        column = ("frechet", "alignment").index(row["column"])
+        ends = [np.mean([values[name, seed][column] for seed in row["seeds"]]) for name in ("unified", "tcd")]
+        assert row["difference"] == pytest.approx(ends[0] - ends[1], rel=1e-5)
+        assert row["low"] < row["difference"] < row["high"] and row["against"] == "tcd" and row["steps"] == 2
 
 
 @pytest.mark.slow
