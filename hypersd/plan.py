@@ -13,7 +13,7 @@ from hypersd.distill.recipe import Recipe
 from hypersd.models.backbone import Backbone
 from hypersd.models.load import skeletons
 from hypersd.models.lora import LoraSpec
-from hypersd.models.networks import default_targets
+from hypersd.models.networks import default_targets, first_half
 from hypersd.resolve import model_folder
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,9 +66,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _encoder(network: torch.nn.Module) -> int:
-    """Parameters of a UNet up to its middle block."""
+    """Parameters of a UNet up to its middle block, of a transformer with the first half of its blocks."""
     after = ("up_blocks", "conv_norm_out", "conv_out")
-    return sum(p.numel() for name, part in network.named_children() if name not in after for p in part.parameters())
+    with first_half(network):
+        parts = [part for name, part in network.named_children() if name not in after]
+        return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def show(plan: dict[str, Any], console: Console) -> None:

@@ -239,7 +239,7 @@ class LinearReward(Section):
 class RGLCDStage(LCMStage):
     """Reward-guided latent consistency distillation (hypersd.distill.rg_lcd): LCM, and `rewards` of the pictures that
     the student's single jumps end in. `check_every`: steps in each of the means that over-optimisation is told from.
-    `proxy`: the student asks not the rewards but a network that is trained to prefer latents as they do (UNets only);
+    `proxy`: the student asks not the rewards but a network that is trained to prefer latents as they do;
     `proxy_temperature`: a difference of the weighted sum of rewards at which the preference is e to 1;
     `proxy_learning_rate` None: the student's."""
 

@@ -79,7 +79,8 @@ class BaseStage(Section):
     @property
     def network_evaluations(self) -> float:
         """What one sample costs in one optimizer step, at most, and on average where draws or the stage's progress
-        decide: a forward pass is 1, a backward pass 2. A UNet's encoder and middle block are ENCODER of it."""
+        decide: a forward pass is 1, a backward pass 2. A UNet's encoder and middle block are ENCODER of it, and so
+        is the first half of a transformer here."""
         raise NotImplementedError
 
     def follow(self, before: BaseStage) -> None:

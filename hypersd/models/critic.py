@@ -1,56 +1,52 @@
-"""A critic of noisy latents: small trainable heads on the features of the frozen UNet (PCM, arXiv 2405.18407).
+"""A critic of noisy latents: small trainable heads on the features of the frozen network (PCM, arXiv 2405.18407).
 
-Every block of the frozen network (down, middle, up) gives a feature map, and each map has a head that scores it patch
-by patch. A pair of losses, both hinge: the critic's E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))], and -E[D(fake)]
-for who makes the fakes; the heads are averaged.
+Every block of a UNet (down, middle, up), and of a transformer HEADS of its blocks at most, spread evenly, gives a
+feature map, and each map has a head that scores it patch by patch. A pair of losses, both hinge: the critic's
+E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))], and -E[D(fake)] for who makes the fakes; the heads are averaged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
+from hypersd.models.networks import blocks, feature_map
 
+HEADS = 24  # as many blocks as SD3 medium has; FLUX has 57
 HIDDEN = 64
 
 
 class Critic(nn.Module):
-    """One head per block of `backbone`'s UNet. Its parameters are the heads' alone, float32; the backbone stays as it
-    is, but gradients flow through it to the latents. Raises HypersdError for a network that is not a UNet."""
+    """Heads on the blocks of `backbone`'s network, UNet, SD3 or FLUX. Its parameters are the heads' alone, float32; the
+    backbone stays as it is, but gradients flow through it to the latents. Raises HypersdError for other networks."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        network: Any = getattr(backbone, "network", None)
-        if not all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks")):
-            raise HypersdError("a critic needs a UNet: set the stages' adversarial_weight = 0 for this model")
+        found, widths = blocks(getattr(backbone, "network", None))
         self._backbone = (backbone,)  # in a tuple: no submodule
-        widths = list(network.config.block_out_channels)
-        self._blocks = (*network.down_blocks, network.mid_block, *network.up_blocks)
-        self.heads = nn.ModuleList(_head(width) for width in (*widths, widths[-1], *reversed(widths)))
+        count = min(len(found), HEADS)
+        chosen = [round((i + 1) * len(found) / count) - 1 for i in range(count)]  # the last block is among them
+        self._blocks = [found[index] for index in chosen]
+        self.heads = nn.ModuleList(_head(widths[index]) for index in chosen)
         self.to(backbone.device)
 
     def forward(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
         """Scores (B, 1, h, w) of each head, float32; real is above 0. x_t (B, C, H, W), timestep (B,)."""
+        backbone = self._backbone[0]
         found: dict[int, Tensor] = {}
 
-        def keep(index: int, output: Any) -> None:  # a down block also gives what the skips need
-            output = output[0] if isinstance(output, tuple) else output
-            # a copy at once, for later layers may work in place; contiguous, for torch's group norm crashes in
-            # backward on a channels-last input that needs no gradient
-            found[index] = output.float().contiguous()
+        def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            found[index] = feature_map(backbone.network, output, x_t)
 
-        hooks = [
-            block.register_forward_hook(lambda module, inputs, output, index=index: keep(index, output))
-            for index, block in enumerate(self._blocks)
-        ]
+        hooks = [block.register_forward_hook(partial(keep, index)) for index, block in enumerate(self._blocks)]
         try:
-            self._backbone[0](x_t, timestep, cond)
+            backbone(x_t, timestep, cond)
         finally:
             for hook in hooks:
                 hook.remove()

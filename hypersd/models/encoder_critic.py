@@ -1,8 +1,9 @@
-"""Critics that see a noisy latent as the UNet's encoder and middle block see it, and give one score.
+"""Critics that see a noisy latent as the network's first part sees it, and give one score.
 
-EncoderCritic, SDXL-Lightning's (Lin et al. 2024, arXiv 2402.13929): a trainable copy of encoder and middle block looks
-at where a jump started and at where it ended, one after the other, and a small head at both findings. BottleneckCritic,
-DMD2's (arXiv 2405.14867): a head alone, on what one role of the shared network finds.
+That part is a UNet's encoder and middle block, and the first half of a transformer's blocks. EncoderCritic,
+SDXL-Lightning's (Lin et al. 2024, arXiv 2402.13929): a trainable copy of it looks at where a jump started and at where
+it ended, one after the other, and a small head at both findings. BottleneckCritic, DMD2's (arXiv 2405.14867): a head
+alone, on what one role of the shared network finds.
 
 Both are trained by the log losses: -log s(D(real)) - log(1 - s(D(fake))) for the critic, -log s(D(fake)) for who makes
 the fakes (non-saturating), s the sigmoid.
@@ -19,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.lora import LoraSlot, use_role
+from hypersd.models.networks import blocks, feature_map, first_half, kind, patch_size, predict
 
 HIDDEN = 128
 
 
 class EncoderCritic(nn.Module):
     """The copy is float32 on the device of `backbone`, without adapters, and starts with its weights; the backbone
-    itself is left alone. Raises HypersdError for a network that is not a UNet."""
+    itself is left alone. Raises HypersdError for other networks than UNet, SD3 and FLUX."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        network = _unet(backbone)
-        self.network = _trainable_copy(network)
-        self.head = _head(network, 2)
+        width = _width(backbone)
+        self.network = _trainable_copy(backbone.network)
+        self.head = _head(backbone.network, 2 * width)
         self.to(backbone.device)
 
     def features(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -47,26 +48,33 @@ class EncoderCritic(nn.Module):
 
 
 class BottleneckCritic(nn.Module):
-    """A head on the middle block of `backbone` with the adapter of `role`; gradients flow into both that want one, and
-    into the latents. Its parameters are the head's alone, float32. Raises HypersdError where there is no UNet."""
+    """A head on the first part of `backbone` with the adapter of `role`; gradients flow into both that want one, and
+    into the latents. Its parameters are the head's alone, float32. Raises HypersdError for other networks than UNet,
+    SD3 and FLUX."""
 
     def __init__(self, backbone: Backbone, role: str) -> None:
         super().__init__()
         self._backbone = (backbone,)  # in a tuple: no submodule
         self.role = role
-        self.head = _head(_unet(backbone), 1).to(backbone.device)
+        width = _width(backbone)
+        self.head = _head(backbone.network, width).to(backbone.device)
 
     def forward(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """(B, 1); real is above 0. x_t (B, C, H, W), timestep (B,)."""
-        with use_role(self.role):
-            return self.head(bottleneck(self._backbone[0].network, x_t, timestep, cond))
+        network = self._backbone[0].network
+        with use_role(self.role), first_half(network):
+            return self.head(bottleneck(network, x_t, timestep, cond))
 
 
 def bottleneck(network: Any, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """What a UNet's middle block gives, (B, C, h, w) float32; the blocks on the way up do not run."""
-    dtype = network.conv_in.weight.dtype
+    """(B, C, h, w) float32: what a UNet's middle block gives, without running those on the way up, or the last block
+    of a transformer."""
+    unet = kind(network) == "unet"
+    dtype = (network.conv_in if unet else network.proj_out).weight.dtype
     x = x_t.to(dtype)
     cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+    if not unet:
+        return _last_block(network, x, timestep, cond)
     emb = network.time_embedding(network.get_time_embed(sample=x, timestep=timestep))
     text = cond["encoder_hidden_states"]
     added = network.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=cond)
@@ -77,8 +85,19 @@ def bottleneck(network: Any, x_t: Tensor, timestep: Tensor, cond: Mapping[str, T
         words = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
         x, _ = block(hidden_states=x, temb=emb, **words)
     words = {"encoder_hidden_states": text} if getattr(network.mid_block, "has_cross_attention", False) else {}
-    # contiguous: torch's group norm crashes in backward on a channels-last input that needs no gradient
-    return network.mid_block(x, emb, **words).float().contiguous()
+    return feature_map(network, network.mid_block(x, emb, **words), x_t)
+
+
+def _last_block(network: Any, x: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    found: list[Tensor] = []
+    hook = blocks(network)[0][-1].register_forward_hook(
+        lambda module, inputs, output: found.append(feature_map(network, output, x))
+    )
+    try:
+        predict(network, x, timestep, cond)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def log_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -91,23 +110,21 @@ def log_generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def _unet(backbone: Backbone) -> Any:
-    network: Any = getattr(backbone, "network", None)
-    if not all(hasattr(network, name) for name in ("conv_in", "down_blocks", "mid_block", "up_blocks")):
-        raise HypersdError(
-            "a critic that is a copy of the encoder needs a UNet: set the stages' adversarial_weight = 0"
-        )
-    return network
+def _width(backbone: Backbone) -> int:
+    """Channels of what `bottleneck` gives."""
+    _, widths = blocks(getattr(backbone, "network", None))
+    return widths[len(widths) // 2]
 
 
 def _trainable_copy(network: Any) -> Any:
-    """The network up to its middle block, as it was before adapters, all weights float32 and trainable."""
-    left_out = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+    """The first part of the network, as it was before adapters, all weights float32 and trainable."""
+    left_out = ("up_blocks", "conv_norm_out", "conv_act", "conv_out") if kind(network) == "unet" else ()
     memo: dict[int, Any] = {id(getattr(network, name)): None for name in left_out}
     for module in network.modules():
         if isinstance(module, LoraSlot):
             memo |= {id(adapters): nn.ParameterDict() for adapters in (module.a, module.b)}
-    found = copy.deepcopy(network, memo)
+    with first_half(network):
+        found = copy.deepcopy(network, memo)
     for path, module in list(found.named_modules()):
         if isinstance(module, LoraSlot):
             found.set_submodule(path, module.base)
@@ -116,13 +133,21 @@ def _trainable_copy(network: Any) -> Any:
     return found.float().requires_grad_(True)
 
 
-def _head(network: Any, inputs: int) -> nn.Module:
+class _Halving(nn.Sequential):
+    """Its layers, or nothing where a picture smaller than the network's usual ones is a single pixel already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if min(x.shape[-2:]) > 1 else x
+
+
+def _head(network: Any, width: int) -> nn.Module:
     """Convolutions that halve the picture until 2x2 pixels are left, then one number."""
-    config = network.config
-    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    side = size / 2 ** (len(config.block_out_channels) - 1)
-    width, layers = inputs * config.block_out_channels[-1], []
+    size = network.config.get("sample_size") or 128  # FLUX does not say
+    size = size if isinstance(size, int) else max(size)
+    unet = kind(network) == "unet"
+    side = size / (2 ** (len(network.config.block_out_channels) - 1) if unet else patch_size(network))
+    layers: list[nn.Module] = []
     for _ in range(max(1, math.ceil(math.log2(side)) - 1)):
-        layers += [nn.Conv2d(width, HIDDEN, 4, stride=2, padding=1), nn.GroupNorm(32, HIDDEN), nn.SiLU()]
+        layers.append(_Halving(nn.Conv2d(width, HIDDEN, 4, stride=2, padding=1), nn.GroupNorm(32, HIDDEN), nn.SiLU()))
         width = HIDDEN
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,49 @@ def patch_size(network: Any) -> int:
             return 2
         case _:
             return 1
+
+
+def blocks(network: Any) -> tuple[list[nn.Module], list[int]]:
+    """(the blocks in the order in which they run, their widths): down, middle and up blocks of a UNet, all blocks of a
+    transformer. Raises HypersdError for a network that has neither."""
+    if kind(network) != "unet":
+        found = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+        return found, [int(network.inner_dim)] * len(found)
+    if not all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks")):
+        raise HypersdError(f"a critic needs a UNet or a transformer of SD3 or FLUX, not {type(network).__name__}")
+    widths = [int(width) for width in network.config.block_out_channels]
+    found = [*network.down_blocks, network.mid_block, *network.up_blocks]
+    return found, [*widths, widths[-1], *reversed(widths)]
+
+
+def feature_map(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+    """(B, C, h, w) float32 of what one of `blocks` gives for x_t (B, C, H, W).
+
+    A copy, for later layers may work in place; contiguous, for torch's group norm crashes in backward on a
+    channels-last input that needs no gradient.
+    """
+    if kind(network) == "unet":  # a down block also gives what the skips need
+        output = output[0] if isinstance(output, tuple) else output
+        return output.float().contiguous()
+    height, width = (side // patch_size(network) for side in x_t.shape[-2:])
+    tokens = output[-1] if isinstance(output, tuple) else output  # the text is before them
+    return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)).float().contiguous()
+
+
+@contextmanager
+def first_half(network: Any) -> Iterator[None]:
+    """Inside, a transformer has but the first half of its blocks and runs no others; a UNet stays as it is."""
+    lists = [name for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(network, name)]
+    whole = {name: getattr(network, name) for name in lists}
+    left = (sum(map(len, whole.values())) + 1) // 2
+    try:
+        for name, found in whole.items():
+            setattr(network, name, found[:left])
+            left -= len(getattr(network, name))
+        yield
+    finally:
+        for name, found in whole.items():
+            setattr(network, name, found)
 
 
 def embeds_guidance(network: Any) -> bool:

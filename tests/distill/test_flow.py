@@ -15,7 +15,6 @@ import torch
 from hypersd.distill.data import LatentDataset
 from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.trainer import Trainer
-from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import sampler_for
@@ -201,7 +200,25 @@ def test_feedback_on_top_of_a_distilled_flow_model(shape: str, tmp_path: Path) -
     assert load_lora(tmp_path / "lora-feedback.safetensors")[1]["solver"] == "tcd"
 
 
-def test_a_critic_wants_a_unet(tmp_path: Path) -> None:
-    r = recipe(stage("tscd", 1, adversarial_weight=0.1))
-    with pytest.raises(HypersdError, match="needs a UNet"):
-        Trainer(r, components("sd3"), latents("sd3"), tmp_path).run()
+CRITICS: list[dict[str, Any]] = [
+    stage("tscd", adversarial_weight=0.1),
+    stage("tscd", adversarial_weight=0.1, critic="encoder", segments=1),
+    stage("lightning", adversarial_weight=1.0, mse_weight=0.0),
+    stage("dmd2", adversarial_weight=0.1),
+]
+
+
+@pytest.mark.parametrize("shape", NETWORKS)
+@pytest.mark.parametrize("with_critic", CRITICS, ids=["features", "encoder", "lightning", "dmd2"])
+def test_every_critic_judges_a_transformer_s_samples(shape: str, with_critic: dict[str, Any], tmp_path: Path) -> None:
+    r = recipe(with_critic | {"guidance_scale": [3.0, 3.0]}, gradient_checkpointing="full")
+    parts = components(shape)
+    frozen = {name: p.clone() for name, p in parts.network.named_parameters()}
+    backbone = Trainer(r, parts, latents(shape), tmp_path).run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    measures = rows[-1]["measures"]
+    assert any(np.isfinite(value) for name, value in measures.items() if "critic" in name), measures
+    assert any(p.any() for n, p in backbone.role_parameters("student").items() if "lora_B" in n)
+    released = dict(backbone.release().named_parameters())
+    assert all(torch.equal(p, released[name]) for name, p in frozen.items())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypersd.models.encoder_critic import (
     log_critic_loss,
     log_generator_loss,
 )
+from tests.conftest import make_flux, make_sd3
 from tests.models.test_critic import draw
 
 COND = {"encoder_hidden_states": torch.zeros(6, 16, 32)}
@@ -55,6 +57,51 @@ def test_the_copy_sees_what_the_network_s_middle_block_sees(kind: str, request: 
     names = [name for name, _ in critic.named_parameters()]
     assert not any("up_blocks" in name or "student" in name for name in names)
     assert not any(a is b for a in critic.parameters() for b in backbone.parameters())
+
+
+@pytest.mark.parametrize("make", [make_sd3, make_flux])
+def test_of_a_transformer_they_see_what_the_first_half_of_its_blocks_sees(make: Any) -> None:
+    depth = {"num_layers": 4} if make is make_sd3 else {"num_layers": 1, "num_single_layers": 2}
+    network = make(**depth)
+    last = network.transformer_blocks[1] if make is make_sd3 else network.single_transformer_blocks[0]
+    beyond = network.transformer_blocks[2] if make is make_sd3 else network.single_transformer_blocks[1]
+    backbone = Backbone(network, roles=("student",))
+    for parameter in backbone.role_parameters("student").values():
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    width = 64 if make is make_sd3 else 32
+    x, time = torch.randn(2, 4, 8, 16), torch.tensor([10, 900])
+    cond = {"encoder_hidden_states": torch.randn(2, 6, width), "pooled_projections": torch.randn(2, width)}
+    expected = {}
+    for role in ("base", "student"):
+        found: list[Any] = []
+        hook = last.register_forward_hook(lambda module, inputs, output, found=found: found.append(output[1]))
+        with torch.no_grad():
+            backbone(x, time, cond, role=role)
+        hook.remove()
+        expected[role] = found[0].transpose(1, 2).reshape(2, 32, 4, 8)
+    critic, head = EncoderCritic(backbone), BottleneckCritic(backbone, "student")
+    ran: list[Any] = []
+    hook = beyond.register_forward_hook(lambda *_: ran.append(None))
+    torch.testing.assert_close(critic.features(x, time, cond), expected["base"])
+    torch.testing.assert_close(head(x, time, cond), head.head(expected["student"]))
+    assert not ran and not torch.allclose(expected["base"], expected["student"])
+    backbone(x, time, cond)
+    assert ran, "the whole network is back"
+    hook.remove()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in critic.parameters())
+    own, whole = ({name for name, _ in module.named_parameters()} for module in (critic.network, network))
+    assert own and not any("student" in name for name in own) and len(own) < len(whole)
+    assert not any(a is b for a in critic.parameters() for b in backbone.parameters())
+    # in bfloat16, with gradients through a network that computes its blocks again
+    network.to(torch.bfloat16)
+    backbone.fuse()
+    backbone.enable_gradient_checkpointing()
+    x.requires_grad_()
+    start = critic.features(x, time, cond)
+    (critic.score(start, None).sum() + head(x, time, cond).sum()).backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
+    moved = [p for p in backbone.role_parameters("student").values() if p.grad is not None and p.grad.any()]
+    assert moved and all(p.grad is not None for p in head.head[0].parameters())
 
 
 def test_the_copy_survives_fused_and_recomputing_layers_in_bfloat16(tiny_unet: Any, tiny_batch: Any) -> None:
@@ -136,6 +183,7 @@ def test_the_log_losses() -> None:
 
 
 def test_another_network_is_refused() -> None:
+    other = SimpleNamespace(network=torch.nn.Linear(2, 2))
     for make in (EncoderCritic, lambda network: BottleneckCritic(network, "fake")):
-        with pytest.raises(HypersdError, match="adversarial_weight = 0"):
-            make(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        with pytest.raises(HypersdError, match="needs a UNet or a transformer of SD3 or FLUX"):
+            make(other)  # type: ignore[arg-type]
