@@ -30,11 +30,14 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
             assert stage.name == "tscd-8" and stage.guidance_scale == (1.0, 1.0) and stage.sampling_guidance == 2.5
             assert 0.1 <= data.caption_dropout <= 0.2 and stage.teacher_passes == 1
             continue
-        after = {"emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"]}.get(name, [])
-        assert [stage.name for stage in load_recipe(name).stages] == tscd + after
+        after = {"emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"], "sd15": ["dmd"], "sdxl": ["dmd"]}
+        assert [stage.name for stage in load_recipe(name).stages] == tscd + after.get(name, [])
     for name in ("flux", "sd15", "sd3", "sdxl"):
         train = load_recipe(name).train
         assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
+    for name in ("sd15", "sdxl"):
+        weights = [stage.weights for stage in load_recipe(name).stages if stage.name in tscd]
+        assert weights == [(1.0, 0.0), (1.0, 0.1), (0.5, 0.2), (0.25, 0.3)]
 
 
 def test_overrides() -> None:
