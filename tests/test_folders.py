@@ -148,6 +148,25 @@ def test_dry_run_needs_no_weights(request, capsys, shape: str, pictures: Path, t
     assert found["text_bytes"] > 4 * t5 and found["base_bytes"] > 2 * count
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "folder"), [("sd15", "sd"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("flux", "flux")])
+def test_the_shipped_recipe_runs_whole(request, name: str, folder: str, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Every stage as it ships but for the numbers of pictures and iterations, into one file that samples."""
+    from hypersd.distill.recipe import load_recipe
+
+    model, out = request.getfixturevalue(f"tiny_{folder}_folder"), tmp_path / "run"
+    stages = load_recipe(name).stages
+    settings = [f"model.path={model}", f"data.path={pictures}", "data.resolution=32", "lora.rank=4", "lora.alpha=4"]
+    settings += ["train.batch_size=1", "train.accumulation=2", "train.watch_every=0"]
+    settings += [f"stages.{i}.iterations=1" for i in range(len(stages))]
+    assert cli.run(["distill", name, "--out", str(out), *(part for one in settings for part in ("--set", one))]) == 0
+    done = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in done] == [stage.name for stage in stages]
+    assert all(np.isfinite(row["loss"]) for row in done)
+    picture = ["--lora", str(out / "lora.safetensors"), "--model", str(model), "--steps", "1", "--out", str(tmp_path)]
+    assert cli.run(["sample", "a fox", *picture]) == 0
+
+
 def test_guidance_is_kept_and_negative_prompts_count(tiny_sd_folder, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
     """Taught without guidance on captions and none; the file says how much the sampler adds."""
     lora = distilled(
