@@ -215,6 +215,8 @@ class Trainer:
         if self.step == 0:
             self._change_roles(stage.roles)
         decode = None if self.components.network is None else self._decode
+        if self.rewards and self.recipe.train.gradient_checkpointing == "full":
+            self.components.vae.enable_gradient_checkpointing()  # of one picture it keeps more than the network does
         context = Context(self.backbone, self.process, self.uncond, previous, decode, self.rewards, self.structure)
         with _seeded(self.recipe.train.seed + self.stage):
             return METHODS[type(stage)](stage, context)
@@ -234,8 +236,6 @@ class Trainer:
     def _build_optimizers(self, method: Method) -> None:
         """The student's and each auxiliary's; in the middle of a stage with the state of the checkpoint."""
         train = self.recipe.train
-        vars(self).pop("optimizer", None)  # the buffers of the stage before make room
-        self.auxiliaries = []
         common: dict[str, Any] = {"eps": train.eps, "weight_decay": train.weight_decay, "clip": train.clip}
         self.parameters, ema = (self.backbone.role_parameters(role) for role in (STUDENT, EMA))
         self.optimizer = FlatAdamW(self.parameters, ema, betas=train.betas, ema_decay=train.ema_decay, **common)
@@ -285,6 +285,8 @@ class Trainer:
                     f"{self.checkpoint}, resume goes on from there"
                 )
         self._export(stage)
+        self.auxiliaries = []  # critics and optimizers make room for those of the next stage
+        del self.optimizer
         self.stage, self.step = self.stage + 1, 0
         self._save()
         if interrupt.requested and self.stage < len(self.recipe.stages):
@@ -388,7 +390,10 @@ class Trainer:
                 groups[auxiliary.name] = auxiliary.parameters
                 groups[f"optimizer.{auxiliary.name}"] = optimizer.state_dict()
         tensors = {f"{group}/{name}": tensor for group, those in groups.items() for name, tensor in those.items()}
-        save_checkpoint(self.checkpoint, tensors, {"stage": self.stage, "step": self.step, **self._identity()})
+        state = {"stage": self.stage, "step": self.step, **self._identity()}
+        if isinstance(self.backbone, Backbone):
+            state["scales"] = {role: self.backbone.role_scales(role) for role in self._roles()}
+        save_checkpoint(self.checkpoint, tensors, state)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it goes on from."""
@@ -406,13 +411,22 @@ class Trainer:
         self.stage, self.step = state["stage"], state["step"]
         if self.stage < len(self.recipe.stages) and self.step > self.recipe.stages[self.stage].iterations:
             raise HypersdError(f"{path} has {self.step} steps of stage {self.stage}, the recipe fewer", exit_code=2)
-        if any(name.startswith(f"{PREVIOUS}/") for name in self.loaded) and not self.has_previous:
+        had_previous = any(name.startswith(f"{PREVIOUS}/") for name in self.loaded)
+        if had_previous and not self.has_previous:
             self.backbone.add_role(PREVIOUS, like=STUDENT)
-            self.has_previous = True
+        elif self.has_previous and not had_previous:  # of train.init, and over
+            self.backbone.drop_role(PREVIOUS)
+        self.has_previous = had_previous
         if self.step > 0:
             self._change_roles(self.recipe.stages[self.stage].roles)
         for role in self._roles():
             self._restore(role, self.backbone.role_parameters(role))
+            if role in state.get("scales", ()):  # train.init's file may have another than an adapter made since
+                self.backbone.set_role_scales(role, state["scales"][role])
+        if from_good:  # the newest one now, under the recipe that is to set things right; what went wrong is set aside
+            if self.checkpoint.exists():
+                self.checkpoint.replace(self.checkpoint.with_suffix(".old.safetensors"))
+            save_checkpoint(self.checkpoint, self.loaded, state | own)
 
     def _restore(self, group: str, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

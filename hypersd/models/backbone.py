@@ -136,6 +136,15 @@ class Backbone(nn.Module):
             self._require(part)
         return {path: slot for path, slot in self.slots.items() if any(part in slot.scale for part in parts)}
 
+    def role_scales(self, role: str) -> list[float]:
+        """What the role's update is multiplied by, layer by layer, in module order."""
+        return [slot.scale[role] for slot in self.role_slots(role).values()]
+
+    def set_role_scales(self, role: str, scales: Sequence[float]) -> None:
+        """Undo `role_scales`."""
+        for slot, scale in zip(self.role_slots(role).values(), scales, strict=True):
+            slot.scale[role] = float(scale)
+
     @torch.no_grad()
     def copy_role(self, src: str, dst: str) -> None:
         """dst := src, in place (the tensors of dst stay the same objects)."""

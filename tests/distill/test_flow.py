@@ -200,6 +200,81 @@ def test_feedback_on_top_of_a_distilled_flow_model(shape: str, tmp_path: Path) -
     assert load_lora(tmp_path / "lora-feedback.safetensors")[1]["solver"] == "tcd"
 
 
+def assert_resumes(r: Any, out: Path, name: str, at: int, **options: Any) -> None:
+    """A run that is killed in stage `name` at step `at` ends with the bits, scales and losses of an unbroken one."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, step: int, total: int, loss: float) -> None:
+        if (stage, step) == (name, at):
+            raise Stop
+
+    def trainer(where: str, **more: Any) -> Trainer:
+        return Trainer(r, copy.deepcopy(options["parts"]), latents("sd3"), out / where, rewards=REWARDS, **more)
+
+    whole = trainer("whole").run()
+    with pytest.raises(Stop):
+        trainer("broken", progress=stop).run()
+    resumed = trainer("broken").run(resume=True)
+    assert losses(out / "whole") == losses(out / "broken") and set(whole.roles) == set(resumed.roles)
+    for role in set(whole.roles) & {"student", "ema", "previous"}:
+        assert whole.role_scales(role) == resumed.role_scales(role)
+        pairs = zip(whole.role_parameters(role).values(), resumed.role_parameters(role).values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+REWARDS = {"brightness": lambda images, captions: images.mean((1, 2, 3))}
+
+
+def test_an_adapter_on_top_of_a_file_resumes_at_its_own_strength(tmp_path: Path) -> None:
+    """The file has 0.125 and no alpha; what feedback trains on top is the recipe's."""
+    init = tmp_path / "Hyper-SD3-8steps-CFG-lora.safetensors"
+    backbone = Trainer(recipe(stage("tscd", 1)), components("sd3"), latents("sd3"), tmp_path / "a").backbone
+    save_lora(init, backbone, "student", {}, "hyper")
+    parts = components("sd3")
+    parts.vae = make_vae(scaling_factor=1.5305, shift_factor=0.0609).requires_grad_(False)
+    terms = [{"kind": "brightness", "threshold": 5.0}]
+    feedback = {"method": "feedback", "iterations": 4, "rollout": [2], "rewards": terms}
+    r = recipe(stage("tscd", 1, segments=1), feedback, init=str(init), checkpoint_every=2, watch_every=0)
+    assert_resumes(r, tmp_path, "feedback", 3, parts=parts)
+
+
+def test_a_teacher_from_a_file_is_gone_after_its_stage(tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    backbone = Trainer(recipe(stage("tscd", 1)), components("sd3"), latents("sd3"), tmp_path / "a").backbone
+    save_lora(init, backbone, "student", {}, "peft")
+    stages = stage("lightning", 2, teacher="previous_stage"), stage("dmd2", 4)
+    r = recipe(*stages, init=str(init), checkpoint_every=2, watch_every=0)
+    assert_resumes(r, tmp_path, "dmd2-2", 3, parts=components("sd3"))
+
+
+def test_rewards_keep_less_of_the_decoder_where_blocks_are_computed_again(tmp_path: Path) -> None:
+    """gradient_checkpointing = "full" reaches the autoencoder; the bits stay."""
+    terms = [{"kind": "brightness", "threshold": 5.0}]
+    feedback = {"method": "feedback", "iterations": 2, "rollout": [1], "rewards": terms}
+    found, saved = {}, {}
+    for mode in ("none", "full"):
+        parts = components("sd3")
+        parts.vae = make_vae(scaling_factor=1.5305, shift_factor=0.0609).requires_grad_(False)
+        r = recipe(stage("tscd", 1, segments=1), feedback, gradient_checkpointing=mode, watch_every=0)
+        trainer = Trainer(r, parts, latents("sd3"), tmp_path / mode, rewards=REWARDS)
+        found[mode] = trainer.run()
+        sizes: list[int] = []
+        z = torch.randn(1, 4, 8, 8, requires_grad=True)
+
+        def pack(t: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            trainer._decode(z)
+        saved[mode] = sum(sizes)
+    assert saved["full"] < 0.5 * saved["none"]
+    pairs = zip(*(found[mode].role_parameters("student").values() for mode in ("none", "full")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 CRITICS: list[dict[str, Any]] = [
     stage("tscd", adversarial_weight=0.1),
     stage("tscd", adversarial_weight=0.1, critic="encoder", segments=1),

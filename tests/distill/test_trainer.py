@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ import torch
 
 from hypersd import files
 from hypersd.distill import trainer as training
+from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.distill.data import LatentDataset
 from hypersd.distill.health import Alarm, Health
 from hypersd.distill.method import Auxiliary
@@ -352,6 +355,55 @@ def test_a_run_goes_back_to_before_a_warning_with_the_remedy(tmp_path: Path, mon
     assert weights(back.backbone) != {} and math.isfinite(rows[-1][2])
     with pytest.raises(HypersdError, match="no checkpoint .*checkpoint.good.safetensors"):
         toy_trainer(calm, tmp_path / "run").run(from_good=True)
+
+
+@pytest.mark.parametrize("way", ["resume", "from_good"])
+def test_a_run_that_went_back_may_be_killed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Before its first checkpoint: the state that it went back to is the newest now, under the remedied recipe."""
+    monkeypatch.setitem(training.METHODS, TSCDStage, Hasty)
+    train = {"checkpoint_every": 4}
+    hasty, calm = recipe(2, 1, iterations=10, train=train, learning_rate=0.1), recipe(2, 1, iterations=10, train=train)
+    with pytest.raises(Stop):
+        toy_trainer(hasty, tmp_path, progress=stop_at("tscd-1", 3)).run()
+    good, newest = tmp_path / "checkpoint.good.safetensors", tmp_path / "checkpoint.safetensors"
+    tensors, bad = load_checkpoint(good)[0], newest.read_bytes()
+    whole = toy_trainer(calm, tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    shutil.copy(good, tmp_path / "whole")
+    shutil.copy(tmp_path / "metrics.jsonl", tmp_path / "whole")
+    whole.run(from_good=True)
+    stop = stop_at("tscd-2", 5)
+    with pytest.raises(Stop):
+        toy_trainer(calm, tmp_path, progress=stop).run(from_good=True)
+    assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == bad
+    for path in (good, newest):
+        again, state = load_checkpoint(path)
+        assert (state["stage"], state["step"]) == (0, 4) and again.keys() == tensors.keys()
+        assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert_same(whole.backbone, toy_trainer(calm, tmp_path).run(**{way: True}))
+
+
+class Unwatched(WithCritic):
+    def __init__(self, stage: Any, context: Any) -> None:
+        super().__init__(stage, context)
+        self.monitors = []
+
+
+def test_the_critic_of_a_stage_is_gone_when_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be half of a network, with two moments: there is no room for two."""
+    monkeypatch.setitem(training.METHODS, TSCDStage, Unwatched)
+    alive: list[list[bool]] = []
+    made: list[weakref.ref[Any]] = []
+
+    def begin(self: Trainer, stage: Any) -> None:
+        alive.append([ref() is not None for ref in made])
+        made.append(weakref.ref(WithCritic.newest.value))
+        del WithCritic.newest
+
+    monkeypatch.setattr(Trainer, "_begin_looks", begin)
+    run = toy_trainer(recipe(2, 1, iterations=2), tmp_path)
+    run.run()
+    assert alive == [[], [False]] and run.auxiliaries == [] and not hasattr(run, "optimizer")
 
 
 @pytest.mark.parametrize(
