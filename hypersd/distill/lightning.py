@@ -25,7 +25,7 @@ from hypersd.distill.competitor_stages import LightningStage
 from hypersd.distill.data import Batch
 from hypersd.distill.health import Monitor
 from hypersd.distill.method import BASE, PREVIOUS, STUDENT, Auxiliary, Context, Draw
-from hypersd.distill.parts import Cond, guided_coef, network_time, on_device, sampling_metadata, teacher_step
+from hypersd.distill.parts import Cond, network_time, on_device, sampling_metadata, teacher_step
 from hypersd.kernels import affine_step
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.timesteps import trailing
@@ -98,8 +98,8 @@ class Lightning:
         while len(rows := np.flatnonzero(t > t_end)):
             to = np.maximum(self.path[np.searchsorted(self.path, t[rows]) - 1], t_end[rows])
             index = torch.from_numpy(rows).to(x.device, non_blocking=True)
-            coef = guided_coef(self.process.jump(t[rows], to), guidance[rows] if self.guided else np.ones(len(rows)))
             some = {name: value[index] for name, value in cond.items()}
-            x[index] = teacher_step(self.context, self.teacher, x[index], t[rows], some, coef, self.guided)
+            scale = guidance[rows] if self.guided else None
+            x[index] = teacher_step(self.context, self.teacher, x[index], t[rows], to, some, scale)
             t[rows] = to
         return x

@@ -79,8 +79,8 @@ class Consistency:
         x_t = affine_step(x_0, noise, on_device(self.diffuse_coef(t, pure), x_0))
         coef = self.loss_coef(t, t_prev, t_end)
         with torch.no_grad():
-            teacher = self.teacher_coef(t, t_prev, guidance)
-            x_prev = teacher_step(self.context, self.teacher_role, x_t, t, cond, teacher, self.guided)
+            scale = guidance if self.guided else None
+            x_prev = teacher_step(self.context, self.teacher_role, x_t, t, t_prev, cond, scale)
             m_target = output_where(self.context, self.target_role, x_prev, t_prev, cond, coef[:, 3] != 0)
         m = self.context.backbone(x_t, network_time(self.process, t, x_0), cond, role=STUDENT)
         return Jumps(x_t, m, x_prev, m_target, t, t_prev, t_end, coef)
@@ -88,10 +88,6 @@ class Consistency:
     def diffuse_coef(self, t: np.ndarray, pure: np.ndarray) -> np.ndarray:
         """(B, 2): x_t = c0 x_0 + c1 noise; (0, 1) where the start is pure noise."""
         return np.where(pure[:, None], np.array([0.0, 1.0]), self.process.diffuse(t))
-
-    def teacher_coef(self, t: np.ndarray, t_prev: np.ndarray, guidance: np.ndarray) -> np.ndarray:
-        """(B, 3) of x_t, m_cond, m_uncond: the jump t -> t_prev with m = u + g (c - u)."""
-        return guided_coef(self.process.jump(t, t_prev), guidance if self.guided else np.ones_like(guidance))
 
     def loss_coef(self, t: np.ndarray, t_prev: np.ndarray, t_end: np.ndarray) -> np.ndarray:
         """(B, 4) of x_t, m, x_prev, m_target. Where the last is 0 the target is x_prev itself: no network is asked."""
@@ -104,16 +100,16 @@ def guided_coef(jump: np.ndarray, guidance: np.ndarray) -> np.ndarray:
 
 
 def teacher_step(
-    context: Context, role: str, x_t: Tensor, t: np.ndarray, cond: Cond, coef: np.ndarray, guided: bool
+    context: Context, role: str, x_t: Tensor, t: np.ndarray, to: np.ndarray, cond: Cond, guidance: np.ndarray | None
 ) -> Tensor:
-    """One solver step by `coef` (B, 3), see guided_coef; both guidance branches run as one batch of 2 B, and without
-    guidance there is one."""
-    backbone, time = context.backbone, network_time(context.process, t, x_t)
-    if not guided:
-        return affine_step(x_t, backbone(x_t, time, cond, role=role), on_device(coef[:, :2], x_t))
+    """One first-order solver step from t to `to`, with guidance m = u + g (c - u), g (B,): both branches run as one
+    batch of 2 B. None: the network's output as it is, of one pass."""
+    backbone, time, jump = context.backbone, network_time(context.process, t, x_t), context.process.jump(t, to)
+    if guidance is None:
+        return affine_step(x_t, backbone(x_t, time, cond, role=role), on_device(jump, x_t))
     both = {k: torch.cat([v, context.uncond.get(k, v).expand_as(v)]) for k, v in cond.items()}
     m_cond, m_uncond = backbone(torch.cat([x_t, x_t]), torch.cat([time, time]), both, role=role).chunk(2)
-    return affine_step(x_t, m_cond, on_device(coef, x_t), eps_uncond=m_uncond)
+    return affine_step(x_t, m_cond, on_device(guided_coef(jump, guidance), x_t), eps_uncond=m_uncond)
 
 
 def output_where(context: Context, role: str, x: Tensor, t: np.ndarray, cond: Cond, needed: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hypersd.distill.competitor_stages import PeRFlowStage
 from hypersd.distill.data import Batch
 from hypersd.distill.method import BASE, STUDENT, Context, Draw
-from hypersd.distill.parts import guided_coef, network_time, on_device, sampling_metadata, teacher_step
+from hypersd.distill.parts import network_time, on_device, sampling_metadata, teacher_step
 from hypersd.kernels import affine_step, consistency_loss
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.solvers import chord, direction, perflow_windows
@@ -65,6 +65,5 @@ class PeRFlow:
         steps = self.stage.solver_steps
         times = [np.round(s + (e - s) * i / steps).astype(np.int64) for i in range(steps)] + [e]
         for t, to in zip(times[:-1], times[1:], strict=True):
-            coef = guided_coef(self.process.jump(t, to), guidance)
-            x = teacher_step(self.context, BASE, x, t, cond, coef, self.guided)
+            x = teacher_step(self.context, BASE, x, t, to, cond, guidance if self.guided else None)
         return x

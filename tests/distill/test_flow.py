@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from hypersd.distill.data import LatentDataset
+from hypersd.distill.data import Batch, LatentDataset
+from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import parse_recipe
-from hypersd.distill.trainer import Trainer
+from hypersd.distill.trainer import METHODS, Trainer
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import sampler_for
@@ -165,6 +166,24 @@ def test_flux_is_told_the_guidance_of_the_stage(tmp_path: Path) -> None:
             assert all(torch.isin(told, guidance).all() for _, told in seen)
         else:  # teacher with both branches of guidance, target, student
             assert [size for size, _ in seen][::2] == [4, 2] and all(told is None for _, told in seen)
+
+
+@pytest.mark.parametrize("method", ["tscd", "tcd", "pcm", "tdd", "perflow", "lightning"])
+def test_a_teacher_that_is_told_its_guidance_is_not_scaled_by_it_as_well(method: str) -> None:
+    """Where the velocity is the same everywhere, every jump lands where the teacher's steps land: nothing to learn."""
+
+    class Straight:
+        embeds_guidance = True
+
+        def __call__(self, x_t: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.ones_like(x_t)
+
+    (one,) = recipe(stage(method)).stages
+    process = NoiseProcess.from_config(FLUX_SCHEDULER, latent_size=(8, 8))
+    context = Context(Straight(), process, {})  # type: ignore[arg-type]
+    batch = Batch(torch.randn(16, 4, 8, 8), {"guidance": torch.full((16,), 4.0)})
+    loss = METHODS[type(one)](one, context).loss(batch, Draw((1,), torch.device("cpu")))
+    assert float(loss) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_published_file_starts_a_run_at_its_own_strength(tmp_path: Path) -> None:
