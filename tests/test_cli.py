@@ -18,10 +18,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hypersd import cli
 from hypersd.distill.checkpoint import load_checkpoint
+from hypersd.models.export import load_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -173,6 +174,20 @@ def test_evaluate_writes_the_report(lora, pictures, tiny_sd_folder, tmp_path, ca
     assert all(metrics["student"][steps]["frechet"] > 0 for steps in ("1", "2", "4", "8"))
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert "student, 8 steps" in capsys.readouterr().out
+    # a file for one number of steps is judged at that, and the report says how it was made
+    state, metadata = load_lora(lora)
+    metadata |= {"steps": "4", "timesteps": json.dumps({"4": [999, 749, 499, 249]})}
+    few = tmp_path / "few.safetensors"
+    save_file(state, few, metadata)
+    out = tmp_path / "few"
+    arguments = [few, "--model", tiny_sd_folder, "--pictures", pictures, "--out", out, "--samples", "3", "--seed", "1"]
+    assert cli.run(["evaluate", *map(str, arguments)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["student"]) == list(metrics["undistilled"]) == ["4"] and metrics["samples"] == 3
+    page = (out / "report.html").read_text()
+    assert "few.safetensors in 4 steps" in page
+    command = f"hypersd evaluate {few} --pictures {pictures} --samples 3 --seed 1 --model {tiny_sd_folder} --out {out}"
+    assert all(words in page for words in ("hypersd evaluate", *command.split()[2:]))
 
 
 def test_doctor_says_what_runs(capsys):
@@ -200,11 +215,14 @@ def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
     assert "unknown; use auto, cpu or cuda" in fails(2, "sample", "x", "--device", "abacus")
     assert "--pictures" in fails(2, "evaluate", lora, "--model", tmp_path)
     assert "effnet-lite0" in fails(2, "evaluate", lora, "--features", "inception")
+    assert "belong to the pictures" in fails(2, "evaluate", lora, "--captions", tmp_path / "captions.csv")
+    assert "guidance_scale nan" in fails(2, "evaluate", lora, "--guidance-scale", "nan")
 
 
 def test_broken_lora_files(fails, lora, tiny_sd_folder, tmp_path):
     sample = ["sample", "x", "--model", tiny_sd_folder, "--out", tmp_path / "out", "--lora"]
     assert "none.safetensors does not exist" in fails(1, *sample, tmp_path / "none.safetensors")
+    assert f"{tmp_path} is a folder; name a file in it" in fails(1, *sample, tmp_path)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(lora.read_bytes()[:-1000])
     assert "truncated or damaged" in fails(1, *sample, cut)

@@ -46,6 +46,15 @@ def keep_as(path: Path, other: Path) -> None:
         os.replace(link, other)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file to a name that nothing has yet (x.old.safetensors, x.old-2.safetensors, ...), and return that."""
+    number, other = 1, path.with_suffix(f".old{path.suffix}")
+    while other.exists():
+        number += 1
+        other = path.with_suffix(f".old-{number}{path.suffix}")
+    return path.replace(other)
+
+
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state). Raises HypersdError for a file that is missing, truncated, altered, or not a checkpoint."""
     path = Path(path)

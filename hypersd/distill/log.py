@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hypersd.errors import HypersdError
+from hypersd.files import atomic_write
 
 
 class Log:
@@ -32,7 +33,10 @@ class Log:
                     if row is not None and (row["index"], row["step"]) < keep:
                         kept += line + "\n"
                         self.kept.append(row)
-            path.write_text(kept, "utf-8")
+            if kept:
+                atomic_write(path, lambda temporary: temporary.write_text(kept, "utf-8"))
+            else:
+                path.write_text("", "utf-8")
         except OSError as error:
             raise HypersdError(f"cannot write {path}: {error.strerror or error}") from None
 

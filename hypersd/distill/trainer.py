@@ -6,6 +6,7 @@ numbers, and a resumed run on the CPU ends with the bits of an unbroken one.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint
+from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.dmd import DMD
 from hypersd.distill.dmd2 import DMD2
@@ -141,9 +142,11 @@ class Trainer:
             if resume or from_good:
                 self._load(from_good)
             else:  # of an earlier run, and perhaps hours of work
-                for path in (self.checkpoint, good_name(self.checkpoint)):
+                for path in (self.checkpoint, good_name(self.checkpoint), self.out_dir / "metrics.jsonl"):
                     if path.exists():
-                        path.replace(path.with_suffix(".old.safetensors"))
+                        logging.getLogger("hypersd").warning(
+                            "%s of an earlier run is now %s", path, set_aside(path).name
+                        )
             keep = (self.stage, self.step) if resume or from_good else None
             self.log = Log(self.out_dir / "metrics.jsonl", keep)
             self.guard = Guard(self.checkpoint, self.log.kept)
@@ -425,7 +428,7 @@ class Trainer:
                 self.backbone.set_role_scales(role, state["scales"][role])
         if from_good:  # the newest one now, under the recipe that is to set things right; what went wrong is set aside
             if self.checkpoint.exists():
-                self.checkpoint.replace(self.checkpoint.with_suffix(".old.safetensors"))
+                set_aside(self.checkpoint)
             save_checkpoint(self.checkpoint, self.loaded, state | own)
 
     def _restore(self, group: str, tensors: Mapping[str, Tensor]) -> None:

@@ -291,11 +291,15 @@ def _check_weights(part: Path) -> str | None:
 
 def check_safetensors(path: Path) -> dict[str, str]:
     """The file's metadata; HypersdError when it is missing, truncated or no safetensors file at all."""
+    if path.is_dir():
+        raise HypersdError(f"{path} is a folder; name a file in it, such as {path / 'lora.safetensors'}")
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except FileNotFoundError:
         raise HypersdError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise HypersdError(f"{path} cannot be read: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         with open(path, "rb") as raw:
             start = raw.read(3)

@@ -99,6 +99,18 @@ def with_guidance(table: Table, network: Any, guidance_scale: float) -> Table:
     return table.guided(guidance_scale) if guidance_scale > 1 else table
 
 
+def offered_steps(metadata: Mapping[str, str]) -> list[int]:
+    """The numbers of steps that a LoRA file is made for, ascending; none where it does not say. Raises HypersdError
+    where they cannot be read."""
+    try:
+        found = sorted({int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip()})
+    except ValueError as error:
+        raise HypersdError(f"the LoRA metadata cannot be read: steps: {error}") from None
+    if found and found[0] < 1:
+        raise HypersdError(f"the LoRA metadata cannot be read: steps = {metadata['steps']!r}")
+    return found
+
+
 def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int | None = None) -> Table:
     """The table that a LoRA file asks for, from its safetensors metadata (see `hypersd.models.save_lora`).
 
@@ -115,8 +127,8 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
     if solver not in (*SOLVERS, "euler"):
         raise HypersdError(f"the LoRA metadata names solver {solver!r}; known are {', '.join(SOLVERS)}, euler")
     spaced, options = SOLVERS.get(solver, (None, {}))
+    offered = offered_steps(metadata)
     try:
-        offered = sorted(int(n) for n in str(metadata.get("steps", "")).split(",") if n.strip())
         stored = json.loads(metadata.get("sigmas" if solver == "euler" else "timesteps", "null"))
         given = {name: kind(metadata[name]) for name, kind in options.items() if name in metadata}
         guidance = float(metadata.get("guidance_scale", 1.0))
@@ -128,6 +140,10 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
     elif offered and steps not in offered:
         raise HypersdError(f"the LoRA was made for {offered} steps, not {steps}")
     grid = stored.get(str(steps)) if isinstance(stored, dict) else stored
+    if grid is not None and not (isinstance(grid, list) and all(isinstance(t, int | float) for t in grid)):
+        raise HypersdError(f"the LoRA metadata cannot be read: {grid!r} is no list of timesteps")
+    if given.get("windows", 1) < 1:
+        raise HypersdError(f"the LoRA metadata cannot be read: windows = {given['windows']}")
     if grid is not None and len(grid) != steps:
         grid = None
     if spaced is None:

@@ -261,12 +261,18 @@ def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tmp_pat
         toy_trainer(recipe(2, train={"lr_scheduler": "linear"}), tmp_path).run(resume=True)
 
 
-def test_a_fresh_run_keeps_the_checkpoint_of_an_older_one(tmp_path: Path) -> None:
+def test_a_fresh_run_keeps_the_checkpoint_of_an_older_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toy_trainer(recipe(2), tmp_path).run()
     old = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(Stop):
         toy_trainer(recipe(2), tmp_path, progress=stop_at("tscd-2", 1)).run()
     assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == old
+    assert len((tmp_path / "metrics.old.jsonl").read_text().splitlines()) == 4
+    toy_trainer(recipe(2), tmp_path).run()
+    with caplog.at_level("WARNING", "hypersd"), pytest.raises(Stop):
+        toy_trainer(recipe(2), tmp_path, progress=stop_at("tscd-2", 1)).run()
+    assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == old
+    assert "checkpoint.safetensors of an earlier run is now checkpoint.old-2.safetensors" in caplog.text
     with pytest.raises(HypersdError, match="no checkpoint"):
         toy_trainer(recipe(2), tmp_path).run(resume=True)
 

@@ -161,6 +161,11 @@ def test_a_lora_file_says_how_to_sample():
         ({"solver": "heun"}, None, "heun"),
         ({"eta": "much"}, None, "cannot be read"),
         ({"timesteps": "[999"}, None, "cannot be read"),
+        ({"timesteps": "5"}, None, "5 is no list of timesteps"),
+        ({"timesteps": '["a"]'}, None, "is no list of timesteps"),
+        ({"steps": "4,x"}, None, "cannot be read: steps"),
+        ({"steps": "0"}, None, "cannot be read: steps = '0'"),
+        ({"solver": "perflow", "windows": "0"}, None, "windows = 0"),
         ({}, 3, r"\[1, 2, 4, 8\] steps, not 3"),
     ]:
         with pytest.raises(HypersdError, match=message):
