@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 import time
@@ -113,7 +114,8 @@ def _few(numbers: Sequence[int]) -> str:
 def _command(options: Mapping[str, Any]) -> str:
     """The command line that gives this report again."""
     words = ["hypersd", "evaluate", str(options["lora"])]
-    for name, default in (compare.__kwdefaults__ | {"model": "embedded", "out": None}).items():
-        if name != "console" and options[name] != default:
+    for name, parameter in inspect.signature(compare).parameters.items():
+        default = "embedded" if name == "model" else parameter.default
+        if name not in ("lora", "console") and options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
     return shlex.join(words)
