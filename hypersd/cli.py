@@ -110,19 +110,15 @@ def distill(
 
         plan.show(plan.plan(loaded), out_console)
         return
-    import torch
-
     from hypersd import resolve
     from hypersd.console import Progress
     from hypersd.distill.trainer import Trainer
 
     out = resolve.writable(out or Path("out") / Path(recipe).stem)
-    components = resolve.load_model(loaded.model.path, device, getattr(torch, loaded.train.dtype))
     with Progress({stage.name: stage.iterations for stage in loaded.stages}, error_console) as progress:
-        dataset = resolve.load_dataset(
-            loaded, components, out / "latents", lambda done, total: progress("encode pictures", done, total)
+        components, dataset = resolve.load_run(
+            loaded, out / "latents", device, lambda done, total: progress("encode pictures", done, total)
         )
-        components.drop_text_encoders()
         trainer = Trainer(
             loaded, components, dataset, out,
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),

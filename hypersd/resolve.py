@@ -72,7 +72,23 @@ def load_model(path: str, device: str = "auto", network_dtype: torch.dtype | Non
     """The frozen parts of a model on `device`, in float32; its network in another dtype if told. On a CPU its
     autoencoder runs on the fused operators."""
     target = pick_device(device)
-    components = load_components(model_folder(path), device=target, network_dtype=network_dtype)
+    return _fused(load_components(model_folder(path), device=target, network_dtype=network_dtype), target)
+
+
+def load_run(
+    recipe: Recipe, folder: Path, device: str = "auto", progress: Callable[[int, int | None], None] | None = None
+) -> tuple[Components, LatentDataset]:
+    """The model of a training and its data, see `load_dataset`. The device only ever holds what is at work there: the
+    VAE and the text encoders while pictures and captions are encoded, afterwards the VAE and the network. Text encoders
+    are not loaded where the data is cached already, and are let go before the training."""
+    target, dtype = pick_device(device), getattr(torch, recipe.train.dtype)
+    components = load_components(model_folder(recipe.model.path), network_dtype=dtype, text_encoders=False)
+    dataset = load_dataset(recipe, _fused(components, target), folder, progress, device=target)
+    components.drop_text_encoders()
+    return components.to(target), dataset
+
+
+def _fused(components: Components, target: torch.device) -> Components:
     if target.type == "cpu":
         fuse(components.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return components
@@ -90,16 +106,21 @@ def writable(folder: str | Path) -> Path:
 
 
 def load_dataset(
-    recipe: Recipe, components: Components, folder: Path, progress: Callable[[int, int | None], None] | None = None
+    recipe: Recipe,
+    components: Components,
+    folder: Path,
+    progress: Callable[[int, int | None], None] | None = None,
+    device: torch.device | None = None,
 ) -> LatentDataset:
-    """The recipe's data as latents, cached under `folder` or the recipe's own cache and opened from there next time."""
+    """The recipe's data as latents, cached under `folder` or the recipe's own cache and opened from there next time.
+    `device`: see LatentDataset.from_source."""
     data, folder = recipe.data, Path(recipe.data.cache or folder)
     dtype = getattr(torch, data.dtype)
     if data.kind == "folder":
         assert data.path is not None
         return LatentDataset.from_folder(
             data.path, components, folder, captions=data.captions, resolution=data.resolution, dtype=dtype,
-            seed=recipe.train.seed, progress=progress,
+            seed=recipe.train.seed, progress=progress, device=device,
         )  # fmt: skip
     if not is_embedded(recipe.model.path):
         raise HypersdError(
@@ -121,7 +142,7 @@ def load_dataset(
             yield part.images, part.captions
 
     return LatentDataset.from_source(
-        batches(), components, folder, key=key, dtype=dtype, seed=seed, total=count, progress=progress
+        batches(), components, folder, key=key, dtype=dtype, seed=seed, total=count, progress=progress, device=device
     )
 
 

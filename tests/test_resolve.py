@@ -16,7 +16,7 @@ from hypersd.distill.recipe import parse_recipe
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
-from hypersd.models.load import load_components
+from hypersd.models.load import Components, load_components
 from hypersd.models.lora import LoraSpec
 from tests.conftest import make_flux, make_unet
 from tests.models.test_rewards import mask2former
@@ -51,6 +51,40 @@ def test_structure_of_a_folder_of_pictures(tmp_path: Path, tiny_sd_folder: Path)
     (gradient,) = torch.autograd.grad(loss, images_)
     # number 1 has the instance, and stands first in this batch
     assert gradient[0].abs().max() > 0 and gradient[1].abs().max() == 0 and found["rewards"] == {}
+
+
+def test_the_device_only_holds_what_is_at_work(
+    tmp_path: Path, tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text encoders and VAE, then VAE and network; where the data is cached, text encoders are not even loaded."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("black")
+    r = recipe(tmp_path, str(tiny_sd_folder), structure={"kind": "solo"})
+    components = load_components(tiny_sd_folder, text_encoders=False)
+    happened: list[str] = []
+    to, load_text_encoders = Components.to, Components.load_text_encoders
+
+    def moved(self: Components, *args: Any, network: bool = True) -> Components:
+        happened.append(f"network {network}, {len(self.text_encoders)} text")
+        return to(self, *args, network=network)
+
+    def loaded(self: Components) -> None:
+        happened.append("text loaded")
+        load_text_encoders(self)
+
+    monkeypatch.setattr(Components, "load_text_encoders", loaded)
+    monkeypatch.setattr(Components, "to", moved)
+    monkeypatch.setattr(resolve, "load_components", lambda *_, **__: components)
+    _, data = resolve.load_run(r, tmp_path / "latents", "cpu")
+    assert happened == ["text loaded", "network False, 1 text", "network True, 0 text"]
+    happened.clear()
+    _, again = resolve.load_run(r, tmp_path / "latents", "cpu")
+    assert happened == ["network True, 0 text"]
+    monkeypatch.undo()
+    whole = resolve.load_dataset(r, resolve.load_model(str(tiny_sd_folder), "cpu"), tmp_path / "whole")
+    for other in (again, whole):
+        for name, tensor in data.shards[0].items():
+            assert torch.equal(tensor, other.shards[0][name])
 
 
 def test_what_cannot_be_had_is_said(tmp_path: Path, tiny_sd_folder: Path) -> None:

@@ -65,7 +65,9 @@ class LatentDataset:
     @property
     def fingerprint(self) -> str:
         """Equal for data sets of the same captions and latent shapes in the same order."""
-        shapes = [{name: list(tensor.shape) for name, tensor in sorted(shard.items())} for shard in self.shards]
+        counts = [min(4096, len(self) - start) for start in range(0, len(self), 4096)]  # however the cache is cut
+        each = {name: list(tensor.shape[1:]) for name, tensor in sorted(self.shards[0].items())}
+        shapes = [{name: [count, *shape] for name, shape in each.items()} for count in counts]
         return hashlib.sha256(json.dumps([self.captions, shapes]).encode()).hexdigest()
 
     def rows(self, indices: np.ndarray) -> Batch:
@@ -142,23 +144,32 @@ class LatentDataset:
         key: str = "",
         dtype: torch.dtype = torch.float16,
         shard_size: int = 4096,
+        shard_bytes: int = 2**30,
         seed: int = 0,
         total: int | None = None,
         progress: Progress | None = None,
+        device: str | torch.device | None = None,
     ) -> LatentDataset:
         """Encode (images, captions) batches with the model's VAE and text encoders into a cache under `folder`.
 
         images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1]. Nothing counts as written until the last file is:
-        an interrupted encoding leaves no cache. `key` names what the cache was made from, see `open`.
+        an interrupted encoding leaves no cache. `key` names what the cache was made from, see `open`. A shard ends
+        with `shard_size` pictures or with `shard_bytes`, whichever comes first. VAE and text encoders are brought to
+        `device` first (None: they are where they shall be), and text encoders loaded where there are none.
         """
         folder = Path(folder)
         (folder / "index.json").unlink(missing_ok=True)
         entries: list[dict[str, Any]] = []
         pending: list[dict[str, Tensor]] = []
         names: list[str] = []
-        done = 0
+        held = done = 0
+        if not components.text_encoders:
+            components.load_text_encoders()
+        if device is not None:
+            components.to(device, network=False)
 
         def flush() -> None:
+            nonlocal held
             if not names:
                 return
             tensors = {k: torch.cat([p[k] for p in pending]).contiguous() for k in pending[0]}
@@ -168,6 +179,7 @@ class LatentDataset:
             entries.append({"file": file, "count": len(names)})
             pending.clear()
             names.clear()
+            held = 0
 
         with torch.no_grad():
             for number, (images, captions) in enumerate(source):
@@ -187,7 +199,8 @@ class LatentDataset:
                 pending.append({k: _narrow(v, dtype) for k, v in row.items()})
                 names.extend(captions)
                 done += len(captions)
-                if len(names) >= shard_size:
+                held += sum(v.nbytes for v in pending[-1].values())
+                if len(names) >= shard_size or held >= shard_bytes:
                     flush()
                 if progress is not None:
                     progress(done, total)
@@ -213,6 +226,7 @@ class LatentDataset:
         batch_size: int = 16,
         seed: int = 0,
         progress: Progress | None = None,
+        device: str | torch.device | None = None,
     ) -> LatentDataset:
         """Encode the pictures under `pictures` with their captions (see `captions.pairs`) into a cache under `folder`;
         a cache that was made from the same files with the same model is opened instead."""
@@ -232,8 +246,9 @@ class LatentDataset:
                 yield np.stack([read_picture(path, size) for path, _ in chunk]), [text for _, text in chunk]
 
         return cls.from_source(
-            batches(), components, folder, key=key, dtype=dtype, seed=seed, total=len(found), progress=progress
-        )
+            batches(), components, folder, key=key, dtype=dtype, seed=seed, total=len(found), progress=progress,
+            device=device,
+        )  # fmt: skip
 
 
 def model_resolution(components: Components) -> int:

@@ -95,12 +95,17 @@ class Components:
         shift of flow models that shift dynamically (FLUX)."""
         return NoiseProcess.from_config(self.scheduler_config, latent_size=latent_size or self.latent_shape[1:])
 
+    def load_text_encoders(self, dtype: torch.dtype = torch.float32) -> None:
+        """Load them, on the CPU, where they were left out or let go. Raises HypersdError as `load_components`."""
+        self.text_encoders, self.tokenizers = _load_text_encoders(self.folder, read_index(self.folder), dtype)
+
     def drop_text_encoders(self) -> None:
         """Let go of what is not needed any more once the captions are encoded; T5 is as large as a network."""
         self.text_encoders, self.tokenizers = [], []
 
-    def to(self, device: str | torch.device) -> Components:
-        for module in (self.network, self.vae, *self.text_encoders):
+    def to(self, device: str | torch.device, *, network: bool = True) -> Components:
+        """`network`: whether that goes along; pictures and captions are encoded without it."""
+        for module in (self.network if network else None, self.vae, *self.text_encoders):
             if module is not None:
                 module.to(device)
         return self
@@ -112,48 +117,36 @@ def load_components(
     dtype: torch.dtype = torch.float32,
     network_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    text_encoders: bool = True,
 ) -> Components:
     """Load network, VAE, text encoders, tokenizers and scheduler config from `folder`.
 
     A folder with `unet` is SD1.5 (one text encoder) or SDXL (two); one with `transformer` is SD3 (two and, unless it is
     left out, T5) or FLUX (CLIP and T5). `dtype` applies to all but a VAE that asks for fp32 (`force_upcast`) and the
-    network, if it has a `network_dtype` of its own.
+    network, if it has a `network_dtype` of its own. Without `text_encoders` these and their tokenizers are left out.
     Raises HypersdError, one line, for: no such folder, no or a wrong model_index.json, a missing part or file, weights
     that exist only as pickles, truncated safetensors, weights that do not fit the config.
     """
     folder = Path(folder)
     index = read_index(folder)
     layout = layout_of(folder, index)
-    name, encoders, optional = _LAYOUTS[layout]
+    name, _, _ = _LAYOUTS[layout]
     network = _load_part(folder, index, name, network_dtype or dtype)
     upcast = _read_json(folder / "vae" / "config.json").get("force_upcast", False)
     vae = _load_part(folder, index, "vae", torch.float32 if upcast else dtype)
-    text_encoders, tokenizers = [], []
-    for encoder in encoders:
-        if _is_listed(index, encoder):
-            if encoder in optional and not (folder / encoder).is_dir():
-                raise HypersdError(
-                    f"{folder}/{encoder} is missing; copy it, or say {encoder}: [null, null] in model_index.json to do "
-                    "without"
-                )
-            text_encoders.append(_load_part(folder, index, encoder, dtype))
-            tokenizers.append(_load_tokenizer(folder, index, encoder.replace("text_encoder", "tokenizer")))
-        elif layout == "sd3":  # T5 has a place even where it is left out
-            text_encoders.append(None)
-            tokenizers.append(None)
+    encoders, tokenizers = _load_text_encoders(folder, index, dtype) if text_encoders else ([], [])
     components = Components(
         network=network,
         vae=vae,
-        text_encoders=text_encoders,
+        text_encoders=encoders,
         tokenizers=tokenizers,
         scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
         folder=folder,
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
         max_sequence_length=int(index.get("max_sequence_length", _SEQUENCE_LENGTH.get(layout, 0))),
     )
-    for module in (network, vae, *text_encoders):
-        if module is not None:
-            module.requires_grad_(False).eval()
+    for module in (network, vae):
+        module.requires_grad_(False).eval()
     return components.to(device)
 
 
@@ -260,6 +253,27 @@ def _load_part(folder: Path, index: dict[str, Any], name: str, dtype: torch.dtyp
                 f"the weights in {part} do not fit its config.json: {key[:-5]} {first}; copy the model again"
             )
     return model
+
+
+def _load_text_encoders(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """The text encoders, frozen and in eval mode, and their tokenizers."""
+    layout = layout_of(folder, index)
+    _, names, optional = _LAYOUTS[layout]
+    encoders: list[Any] = []
+    tokenizers: list[Any] = []
+    for name in names:
+        if _is_listed(index, name):
+            if name in optional and not (folder / name).is_dir():
+                raise HypersdError(
+                    f"{folder}/{name} is missing; copy it, or say {name}: [null, null] in model_index.json to do "
+                    "without"
+                )
+            encoders.append(_load_part(folder, index, name, dtype).requires_grad_(False).eval())
+            tokenizers.append(_load_tokenizer(folder, index, name.replace("text_encoder", "tokenizer")))
+        elif layout == "sd3":  # T5 has a place even where it is left out
+            encoders.append(None)
+            tokenizers.append(None)
+    return encoders, tokenizers
 
 
 def _load_tokenizer(folder: Path, index: dict[str, Any], name: str) -> Any:

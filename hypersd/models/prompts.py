@@ -12,6 +12,11 @@ from hypersd.errors import HypersdError
 from hypersd.models import networks
 from hypersd.models.load import Components
 
+# What is encoded at once, whatever is asked for at once: pixels of four pictures of 512 x 512, and tokens of 8 captions
+# of T5's 512. A VAE in float32 holds some 700 numbers for each pixel, so that 16 pictures of 1024 x 1024 take 43 GB.
+PIXELS = 4 * 512 * 512
+TOKENS = 4096
+
 
 @torch.no_grad()
 def encode_prompts(components: Components, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -28,14 +33,21 @@ def encode_prompts(components: Components, captions: Sequence[str]) -> dict[str,
         raise HypersdError("no captions to encode")
     if not components.text_encoders:
         raise HypersdError("the text encoders of this model were let go; load it again to encode captions")
+    texts, length = list(captions), components.max_sequence_length or components.tokenizers[0].model_max_length
+    size = max(1, TOKENS // length)
+    parts = [_encode_part(components, texts[start : start + size]) for start in range(0, len(texts), size)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _encode_part(components: Components, captions: list[str]) -> dict[str, Tensor]:
     match networks.kind(components.network):
         case "sd3":
-            return _encode_sd3(components, list(captions))
+            return _encode_sd3(components, captions)
         case "flux":
-            pooled = _encode_clip(components, 0, list(captions)).pooler_output
-            return {"encoder_hidden_states": _encode_t5(components, list(captions)), "pooled_projections": pooled}
+            pooled = _encode_clip(components, 0, captions).pooler_output
+            return {"encoder_hidden_states": _encode_t5(components, captions), "pooled_projections": pooled}
         case _:
-            return _encode_sd(components, list(captions))
+            return _encode_sd(components, captions)
 
 
 def encode_null(components: Components, batch: int = 1, negative_prompt: str = "") -> dict[str, Tensor]:
@@ -84,19 +96,18 @@ def _encode_sd3(components: Components, captions: list[str]) -> dict[str, Tensor
 
 def _encode_clip(components: Components, number: int, captions: list[str], hidden: bool = False) -> Any:
     tokenizer, encoder = components.tokenizers[number], components.text_encoders[number]
-    ids = _token_ids(components, tokenizer, captions, tokenizer.model_max_length)
-    return encoder(ids, output_hidden_states=hidden)
+    return encoder(_token_ids(tokenizer, encoder, captions, tokenizer.model_max_length), output_hidden_states=hidden)
 
 
 def _encode_t5(components: Components, captions: list[str]) -> Tensor:
     """(B, max_sequence_length, dim); padding is encoded and seen like everything else."""
-    ids = _token_ids(components, components.tokenizers[-1], captions, components.max_sequence_length)
-    return components.text_encoders[-1](ids)[0]
+    tokenizer, encoder = components.tokenizers[-1], components.text_encoders[-1]
+    return encoder(_token_ids(tokenizer, encoder, captions, components.max_sequence_length))[0]
 
 
-def _token_ids(components: Components, tokenizer: Any, captions: list[str], length: int) -> Tensor:
+def _token_ids(tokenizer: Any, encoder: Any, captions: list[str], length: int) -> Tensor:
     ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    return ids.to(components.device)
+    return ids.to(next(encoder.parameters()).device)  # the network may be elsewhere while captions are encoded
 
 
 def _projected(components: Components, number: int, pooled: Tensor | None) -> Tensor:
@@ -119,7 +130,10 @@ def encode_images(components: Components, images: Tensor, generator: torch.Gener
         )
     vae = components.vae
     weight = next(vae.parameters())
-    posterior = vae.encode(images.to(weight)).latent_dist
+    size = max(1, PIXELS // (images.shape[2] * images.shape[3]))
+    parts = [vae.encode(part.to(weight)).latent_dist for part in images.split(size)]
+    # one posterior of all, so that what is drawn does not depend on the parts
+    posterior = type(parts[0])(torch.cat([part.parameters for part in parts]))
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     shift, scale = _vae_affine(components)
     return ((latents - shift) * scale).to(images.dtype)
@@ -146,5 +160,5 @@ def _vae_affine(components: Components) -> tuple[float, float]:
 def _time_ids(components: Components) -> Tensor:
     _, height, width = components.latent_shape
     pixels = [height * components.vae_scale_factor, width * components.vae_scale_factor]
-    dtype, device = next(components.text_encoders[-1].parameters()).dtype, components.device
-    return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=dtype, device=device)
+    weight = next(components.text_encoders[-1].parameters())
+    return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=weight.dtype, device=weight.device)

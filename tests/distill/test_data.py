@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -115,6 +116,25 @@ def test_sdxl_is_told_the_picture_s_size(tmp_path: Path, tiny_sdxl_folder: Path)
     cond = data.rows(np.array([1, 0])).cond
     assert cond["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
     assert "time_ids" not in data.uncond and torch.all(data.uncond["text_embeds"] == 0)
+
+
+def test_shards_are_cut_by_bytes(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    components = load_components(tiny_sd_folder)
+    images = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
+    source = [(images[i : i + 1], [str(i)]) for i in range(6)]
+    one = 2 * (4 * 16 * 16 + 16 * 32)  # bytes of a picture: latents and text
+    whole = LatentDataset.from_source(source, components, tmp_path / "whole")
+    cut = LatentDataset.from_source(source, components, tmp_path / "cut", shard_bytes=2 * one)
+    assert [len(shard["latents"]) for shard in cut.shards] == [2, 2, 2] and len(whole.shards) == 1
+    assert torch.equal(cut.rows(np.arange(6)).latents, whole.rows(np.arange(6)).latents)
+    assert cut.fingerprint == whole.fingerprint  # a run resumes however its data is cut
+
+
+def test_a_fingerprint_of_before() -> None:
+    """That of shards of 4,096 pictures, so that older runs resume."""
+    data = LatentDataset([{"latents": torch.zeros(n, 1, 1, 1)} for n in (4096, 4)], ["x"] * 4100, {})
+    shapes = [{"latents": [4096, 1, 1, 1]}, {"latents": [4, 1, 1, 1]}]
+    assert data.fingerprint == hashlib.sha256(json.dumps([["x"] * 4100, shapes]).encode()).hexdigest()
 
 
 def test_a_source_that_does_not_match(tmp_path: Path, tiny_sd_folder: Path) -> None:

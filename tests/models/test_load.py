@@ -70,6 +70,37 @@ def test_latents_round_the_vae_with_shift_and_scale(tiny_sd_folder):
         encode_prompts(components, [])
 
 
+@pytest.mark.parametrize("shape", ["sd", "sdxl", "sd3", "flux"])
+def test_large_batches_are_encoded_in_parts(request, shape, monkeypatch):
+    """No part has more pixels or tokens than allowed, and one of each at least; the draw stays that of the whole."""
+    from hypersd.models import prompts
+
+    components = load_components(request.getfixturevalue(f"tiny_{shape}_folder"))
+    images = torch.rand(5, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    captions = [f"picture {number}" for number in range(5)]
+
+    def encoded():
+        latents = encode_images(components, images, torch.Generator().manual_seed(1))
+        return {"latents": latents, **encode_prompts(components, captions)}
+
+    whole, sizes = encoded(), {"vae": [], "text": []}
+    encode = components.vae.encode
+    monkeypatch.setattr(components.vae, "encode", lambda x: (sizes["vae"].append(len(x)), encode(x))[1])
+    hook = components.text_encoders[-1].register_forward_pre_hook(lambda _, ids: sizes["text"].append(len(ids[0])))
+    monkeypatch.setattr(prompts, "PIXELS", 2 * 32 * 48 + 1)
+    monkeypatch.setattr(prompts, "TOKENS", 2 * (components.max_sequence_length or 16) + 1)
+    parts = encoded()
+    assert sizes == {"vae": [2, 2, 1], "text": [2, 2, 1]}
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(prompts, "PIXELS", 1)
+    monkeypatch.setattr(prompts, "TOKENS", 1)
+    encoded()
+    assert sizes == {"vae": [2, 2, 1] + [1] * 5, "text": [2, 2, 1] + [1] * 5}
+    hook.remove()
+
+
 def test_loading_opens_no_connection(tiny_sd_folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a connection was tried")
