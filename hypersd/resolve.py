@@ -16,6 +16,7 @@ from hypersd import __version__
 from hypersd.distill.captions import pairs, read_picture
 from hypersd.distill.data import LatentDataset, model_resolution
 from hypersd.distill.instances import CocoInstances
+from hypersd.distill.method import StructureLoss, asked_for
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.stages import StructureTerm
 from hypersd.errors import HypersdError
@@ -148,26 +149,26 @@ def load_dataset(
 
 def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
     """What the recipe's feedback stages name, as keyword arguments of Trainer."""
-    found: dict[str, Any] = {"rewards": {}, "structure": None}
+    found: dict[str, Any] = {}
+    structure: dict[str, StructureLoss] = {}
     for stage in recipe.stages:
         for term in getattr(stage, "rewards", []):
+            name = asked_for(term)
             if is_embedded(recipe.model.path) and term.path is None:
                 from hypersd.emoji import rewards
 
-                found["rewards"][term.kind] = rewards.load(term.kind, term.weight, components.device)
-            else:
-                if term.path is None:
-                    raise HypersdError(f"reward {term.kind} needs path, the folder of its weights", exit_code=2)
-                found["rewards"][term.kind] = load_reward(term.kind, term.path, components.device)
+                found[name] = rewards.load(term.kind, term.weight, components.device)
+            elif term.path is None:
+                raise HypersdError(f"reward {term.kind} needs path, the folder of its weights", exit_code=2)
+            elif name not in found:
+                found[name] = load_reward(term.kind, term.path, components.device)
         term = getattr(stage, "structure", None)
-        if term is not None:
-            found["structure"] = load_structure(term, recipe, components)
-    return found
+        if term is not None and asked_for(term) not in structure:
+            structure[asked_for(term)] = load_structure(term, recipe, components)
+    return {"rewards": found, "structure": structure}
 
 
-def load_structure(
-    term: StructureTerm, recipe: Recipe, components: Components
-) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
+def load_structure(term: StructureTerm, recipe: Recipe, components: Components) -> StructureLoss:
     """The structure loss of a feedback stage: (pictures, numbers of the data set's samples) -> scalar."""
     if term.kind == "scenes":
         if recipe.data.kind != "scenes":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import torch
 from PIL import Image
 
 from hypersd import cli, resolve
+from hypersd.distill.method import Context
 from hypersd.distill.recipe import parse_recipe
+from hypersd.distill.trainer import METHODS
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.load import Components, load_components
 from hypersd.models.lora import LoraSpec
-from tests.conftest import make_flux, make_unet
+from hypersd.models.noise_process import NoiseProcess
+from tests.conftest import SCHEDULER, make_flux, make_unet
 from tests.models.test_rewards import mask2former
 
 
@@ -47,7 +51,8 @@ def test_structure_of_a_folder_of_pictures(tmp_path: Path, tiny_sd_folder: Path)
     r = recipe(tmp_path, str(tiny_sd_folder), structure=structure)
     found = resolve.load_rewards(r, load_components(tiny_sd_folder))
     images_ = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
-    loss = found["structure"](images_, np.array([1, 0]))
+    (structure_loss,) = found["structure"].values()
+    loss = structure_loss(images_, np.array([1, 0]))
     (gradient,) = torch.autograd.grad(loss, images_)
     # number 1 has the instance, and stands first in this batch
     assert gradient[0].abs().max() > 0 and gradient[1].abs().max() == 0 and found["rewards"] == {}
@@ -99,6 +104,31 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, tiny_sd_folder: Path) -> Non
         with pytest.raises(HypersdError, match=message) as caught:
             resolve.load_rewards(r, components)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_every_stage_has_what_it_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terms of one kind with other files are not mixed up; equal ones are loaded once; a kind alone still serves."""
+    loaded: list[str] = []
+    monkeypatch.setattr(resolve, "load_reward", lambda kind, path, device: loaded.append(path) or (kind, path))
+    monkeypatch.setattr(resolve, "load_structure", lambda term, *_: loaded.append(term.path) or term.path)
+    stages = [
+        {"method": "feedback", "adapter": "continue", "iterations": 1, "structure": {"kind": "solo", "path": solo},
+         "rewards": [{"kind": "aesthetic", "path": path, "threshold": 1.0}]}
+        for path, solo in (("a", "s"), ("b", "t"), ("a", "s"))
+    ]  # fmt: skip
+    stages.append({"method": "rg_lcd", "iterations": 1, "rewards": [{"kind": "aesthetic", "path": "b"}]})
+    r = parse_recipe({"model": {"path": "m"}, "train": {"init": "x"}, "stages": stages})
+    found = resolve.load_rewards(r, SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert loaded == ["a", "s", "b", "t"]
+    process, decode = NoiseProcess.from_config(SCHEDULER), torch.nn.Identity()
+    context = Context(Backbone(make_unet(), roles=("previous",)), process, {}, None, decode, **found)  # type: ignore
+    methods = [METHODS[type(stage)](stage, context) for stage in r.stages]
+    assert [m.rewards["aesthetic"][1] for m in methods] == ["a", "b", "a", "b"]  # type: ignore[attr-defined]
+    assert [m.structure for m in methods[:3]] == ["s", "t", "s"]  # type: ignore[attr-defined]
+    own = Context(context.backbone, process, {}, None, decode, {"aesthetic": "mine"}, "own")  # type: ignore
+    methods = [METHODS[type(stage)](stage, own) for stage in r.stages]
+    assert [m.rewards for m in methods] == [{"aesthetic": "mine"}] * 4  # type: ignore[attr-defined]
+    assert methods[0].structure == "own"  # type: ignore[attr-defined]
 
 
 def test_guidance_is_what_the_network_takes() -> None:

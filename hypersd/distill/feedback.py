@@ -36,8 +36,11 @@ class Feedback:
         self.stage, self.context, self.process = stage, context, context.process
         if context.decode is None:
             raise HypersdError("a feedback stage needs a model whose latents can be decoded to pictures")
-        missing = [term.kind for term in stage.rewards if term.kind not in context.rewards]
-        if missing or (stage.structure is not None and context.structure is None):
+        found = {term.kind: context.reward_of(term) for term in stage.rewards}
+        self.rewards = {kind: reward for kind, reward in found.items() if reward is not None}
+        self.structure = None if stage.structure is None else context.structure_of(stage.structure)
+        missing = [kind for kind in found if kind not in self.rewards]
+        if missing or (stage.structure is not None and self.structure is None):
             raise HypersdError(
                 f"the stage wants {', '.join(missing) or 'structure'}, but no such reward was handed over"
             )
@@ -65,7 +68,7 @@ class Feedback:
             images = self._decode(x_0)
             for term in stage.rewards:
                 with torch.set_grad_enabled(term.weight > 0):
-                    reward = self.context.rewards[term.kind](images, batch.captions)
+                    reward = self.rewards[term.kind](images, batch.captions)
                 if term.weight > 0:
                     total = total + term.weight * hinge(reward, term.threshold)  # type: ignore[arg-type]
                 self.measures[term.kind] = reward.detach().float().mean()
@@ -87,8 +90,8 @@ class Feedback:
         noise = draw.normal(batch.latents.shape, batch.latents)
         x_t = affine_step(batch.latents, noise, _coef(self.process.diffuse(grid[0])))
         x_0, before = self._roll_out(x_t, grid, table, batch, draw)
-        assert self.context.structure is not None
-        loss = self.context.structure(self._decode(x_0), batch.indices)
+        assert self.structure is not None
+        loss = self.structure(self._decode(x_0), batch.indices)
         self.measures["structure"] = -loss.detach().float()
         return term.weight * loss + self._anchor(x_0, before)
 

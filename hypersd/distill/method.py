@@ -48,10 +48,18 @@ class Draw:
 StructureLoss = Callable[[Tensor, np.ndarray], Tensor]
 
 
+def asked_for(term: Any) -> str:
+    """The name under which a stage's reward or structure term finds its own: the kind, and the files where it names
+    some, so that stages may ask for the same kind with other weights."""
+    named = (term.kind, term.path, getattr(term, "annotations", None))
+    return ":".join(part for part in named if part is not None)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage stands on. `uncond`: conditions of the empty prompt, each (1, ...); those it lacks are the same with
     and without a prompt. `previous`: the stage before, whose weights are role "previous"; None where they are not kept.
+    `rewards`: by `asked_for`, or by kind alone; `structure`: likewise by `asked_for`, or one for all stages.
     """
 
     backbone: Denoiser
@@ -60,7 +68,15 @@ class Context:
     previous: BaseStage | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
-    structure: StructureLoss | None = None
+    structure: StructureLoss | Mapping[str, StructureLoss] | None = None
+
+    def reward_of(self, term: Any) -> Reward | None:
+        """Of a stage's reward term; None where there is none."""
+        return self.rewards.get(asked_for(term), self.rewards.get(term.kind))
+
+    def structure_of(self, term: Any) -> StructureLoss | None:
+        """Of a stage's structure term; None where there is none."""
+        return self.structure.get(asked_for(term)) if isinstance(self.structure, Mapping) else self.structure
 
     @property
     def embeds_guidance(self) -> bool:

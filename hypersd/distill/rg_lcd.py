@@ -48,7 +48,9 @@ class RGLCD(LCM):
         super().__init__(stage, context)
         if context.decode is None:
             raise HypersdError("an rg_lcd stage needs a model whose latents can be decoded to pictures")
-        missing = [term.kind for term in stage.rewards if term.kind not in context.rewards]
+        found = {term.kind: context.reward_of(term) for term in stage.rewards}
+        self.rewards = {kind: reward for kind, reward in found.items() if reward is not None}
+        missing = [kind for kind in found if kind not in self.rewards]
         if missing:
             raise HypersdError(f"the stage wants {', '.join(missing)}, but no such reward was handed over")
         optimised, watched = (
@@ -96,7 +98,7 @@ class RGLCD(LCM):
         total = images.new_zeros(len(images))
         for term in self.stage.rewards:
             with torch.set_grad_enabled(term.weight > 0 and torch.is_grad_enabled()):
-                reward = self.context.rewards[term.kind](images, captions).float()
+                reward = self.rewards[term.kind](images, captions).float()
             if term.weight > 0:
                 total = total + term.weight * reward
             self.measures[term.kind] = reward.detach().mean()
