@@ -35,7 +35,7 @@ class Backbone(nn.Module):
     The network is changed in place (its target layers are wrapped) until `release()` hands it back. Adapters that it
     already carries through PEFT stay part of the base. Calls read their role from their argument alone, so teacher,
     student and target calls may be mixed freely, also between a checkpointed forward and its backward.
-    Raises HypersdError when no layer matches the targets or a role is unknown.
+    Raises HypersdError when no layer matches one of the targets or a role is unknown.
     """
 
     def __init__(self, network: nn.Module, spec: LoraSpec | None = None, roles: Sequence[str] = ("student",)) -> None:
@@ -50,10 +50,13 @@ class Backbone(nn.Module):
         self.fingerprint = _fingerprint(network)
         network.requires_grad_(False)
         paths = [path for path, module in network.named_modules() if self.spec.matches(path) and _can_wrap(module)]
-        if not paths:
+        # the usual lists name layers that only some networks have
+        is_usual = self.spec.targets in (networks.LCM_TARGETS, networks.DIT_TARGETS)
+        unmatched = [] if is_usual else self.spec.unmatched(paths)
+        if not paths or unmatched:
             raise HypersdError(
                 f"no linear or convolution layer of {type(network).__name__} matches the LoRA targets "
-                f"{list(self.spec.targets)}; check lora.targets"
+                f"{', '.join(unmatched or self.spec.targets)}; check lora.targets"
             )
         for path in paths:
             self._wrap(path)

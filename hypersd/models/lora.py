@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,15 @@ class LoraSpec:
 
     def matches(self, path: str) -> bool:
         """True where the module path is a target or ends in '.' + a target."""
-        return any(path == target or path.endswith("." + target) for target in self.targets)
+        return any(_is_at(target, path) for target in self.targets)
+
+    def unmatched(self, paths: Sequence[str]) -> list[str]:
+        """The targets that none of the module paths is or ends in."""
+        return [target for target in self.targets if not any(_is_at(target, path) for path in paths)]
+
+
+def _is_at(target: str, path: str) -> bool:
+    return path == target or path.endswith("." + target)
 
 
 def current_role() -> str:

@@ -12,12 +12,16 @@ from hypersd.models.attention import FusedProcessor
 from hypersd.models.networks import default_targets
 from tests.conftest import make_flux, make_sd3
 
-SPEC = LoraSpec(rank=4, alpha=4.0, targets=("to_q", "to_k", "to_v", "add_k_proj", "ff.net.2", "proj_mlp"))
 NETWORKS = {
     "sd3": make_sd3,
     "sd3.5": lambda: make_sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
     "flux": make_flux,
 }
+
+
+def spec(network) -> LoraSpec:
+    own = ("proj_mlp",) if hasattr(network, "single_transformer_blocks") else ()
+    return LoraSpec(rank=4, alpha=4.0, targets=("to_q", "to_k", "to_v", "add_k_proj", "ff.net.2", *own))
 
 
 def batch(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -29,7 +33,7 @@ def batch(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, 
 
 
 def adapted(network) -> Backbone:
-    backbone = Backbone(network, SPEC)
+    backbone = Backbone(network, spec(network))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in backbone.role_parameters("student").values():
@@ -73,8 +77,8 @@ def test_error_at_most_twice_the_networks(name, dtype):
     x, t, cond = batch(name, dtype)
     with torch.no_grad():
         wide = {key: value.double() for key, value in cond.items()}
-        truth = Backbone(NETWORKS[name]().to(dtype).double(), SPEC)(x.double(), t, wide)
-        backbone = Backbone(NETWORKS[name]().to(dtype), SPEC)
+        truth = Backbone(NETWORKS[name]().to(dtype).double())(x.double(), t, wide)
+        backbone = Backbone(NETWORKS[name]().to(dtype))
         plain = backbone(x, t, cond)
         backbone.fuse()
         fused = backbone(x, t, cond)
@@ -102,7 +106,7 @@ def test_flux_latents_are_packed_as_the_pipeline_packs_them():
     tokens = FluxPipeline._pack_latents(x, 2, 4, 16, 8)
     ids = FluxPipeline._prepare_latent_image_ids(2, 8, 4, "cpu", torch.float32)
     more = {"img_ids": ids, "txt_ids": torch.zeros(7, 3), "return_dict": False}
-    backbone = Backbone(network, SPEC)
+    backbone = Backbone(network, spec(network))
     for guidance in (3.5, 1.5):
         told = torch.full((2,), guidance)
         theirs = network(tokens, timestep=t / 1000, guidance=told, **cond, **more)[0]
@@ -111,7 +115,7 @@ def test_flux_latents_are_packed_as_the_pipeline_packs_them():
         assert ours.shape == x.shape and torch.equal(ours, theirs)
     with pytest.raises(HypersdError, match="even height and width, got 15 x 16"):
         backbone(torch.zeros(1, 4, 15, 16), t[:1], cond)
-    plain = Backbone(make_flux(guidance_embeds=False), SPEC)
+    plain = Backbone(make_flux(guidance_embeds=False))
     assert torch.equal(plain(x, t, {**cond, "guidance": told}), plain(x, t, cond))
 
 
