@@ -56,15 +56,18 @@ class DMD(DistributionMatching):
         return sampling_metadata(stage.method, process, "tcd", grids, eta=0.3)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Scalar: distribution matching and anchor on the first rows of the batch, consistency on the others."""
-        stage = self.stage
-        joint = round(stage.consistency * len(batch.latents))
-        matched, rest = _split(batch, len(batch.latents) - joint)
+        """Scalar: distribution matching and anchor on the first rows of the batch, consistency on the others. Over the
+        passes of an optimizer step each is the mean over its own samples, however many of them a pass has."""
+        stage, size, (turn, turns) = self.stage, len(batch.latents), draw.turn
+        before, joint, total = (stage.joint(size * passes) for passes in (turn, turn + 1, turns))
+        joint -= before
+        matched, rest = _split(batch, size - joint)
         loss = batch.latents.new_zeros(())
         if len(matched.latents):
-            loss = loss + self._matching_loss(matched, draw)
+            share = len(matched.latents) * turns / (size * turns - total)
+            loss = loss + share * self._matching_loss(matched, draw)
         if joint:
-            loss = loss + stage.consistency_weight * self.tscd.loss(rest, draw)
+            loss = loss + joint * turns / total * stage.consistency_weight * self.tscd.loss(rest, draw)
         return loss
 
     def generate(self, batch: Batch, draw: Draw) -> Tensor:

@@ -32,10 +32,12 @@ class Denoiser(Protocol):
 class Draw:
     """All the randomness of one forward pass: a host and a device generator, both seeded by the same key of integers,
     so that a resumed run draws what an unbroken one would have drawn. `progress`: the part of the stage that is done,
-    in [0, 1)."""
+    in [0, 1). `turn`: (p, n) of pass p of the n that make one optimizer step."""
 
-    def __init__(self, key: tuple[int, ...], device: torch.device, progress: float = 0.0) -> None:
-        self.progress = progress
+    def __init__(
+        self, key: tuple[int, ...], device: torch.device, progress: float = 0.0, turn: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.progress, self.turn = progress, turn
         self.host = np.random.default_rng(key)
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
         self.generator = torch.Generator(device).manual_seed(seed)

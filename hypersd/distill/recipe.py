@@ -103,11 +103,12 @@ class Recipe(Section):
                 raise ValueError(
                     f'stages.{i}: a separate LoRA ends the recipe; put it last or set adapter = "continue"'
                 )
-            if stage.needs_previous and i > 0:
-                try:
+            try:
+                stage.check(self.train.batch_size * self.train.accumulation)
+                if stage.needs_previous and i > 0:
                     stage.follow(self.stages[i - 1])
-                except ValueError as error:
-                    raise ValueError(f"stages.{i}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"stages.{i}: {error}") from None
         return self
 
 

@@ -83,6 +83,9 @@ class BaseStage(Section):
         is the first half of a transformer here."""
         raise NotImplementedError
 
+    def check(self, samples: int) -> None:
+        """Raises ValueError where `samples`, those of one optimizer step, are too few."""
+
     def follow(self, before: BaseStage) -> None:
         """Raises ValueError where this stage cannot be taught by what `before` trains; asked if it needs_previous."""
 

@@ -164,8 +164,9 @@ class DMDStage(MatchingStage):
     when the stage began, "base" the undistilled model with guidance.
     `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
     what the beginning's weights make of the same noise in `anchor_steps` steps.
-    `consistency`: the share of each batch that trains on the one-segment consistency loss instead (hypersd.distill.tscd
-    on `grid` points, taught by the base model), so that 2 to 8 steps keep working; `consistency_weight` is its weight.
+    `consistency`: the share of each optimizer step's samples that trains on the one-segment consistency loss instead
+    (hypersd.distill.tscd on `grid` points, taught by the base model), so that 2 to 8 steps keep working;
+    `consistency_weight` is its weight. Of either loss a step takes the mean over its own samples.
     """
 
     method: Literal["dmd"]
@@ -176,6 +177,18 @@ class DMDStage(MatchingStage):
     consistency: Probability = 0.3
     consistency_weight: NonNegative = 1.0
     grid: Positive = 40
+
+    def joint(self, samples: int) -> int:
+        """How many of the first `samples` of an optimizer step train on the consistency loss."""
+        return round(self.consistency * samples)
+
+    def check(self, samples: int) -> None:
+        joint = self.joint(samples)
+        if 0 < self.consistency < 1 and joint in (0, samples):
+            raise ValueError(
+                f"consistency = {self.consistency:g} of a step's {samples} sample(s) is {'all' if joint else 'none'} "
+                f"of them; raise train.batch_size or train.accumulation, or set consistency = {int(joint > 0)}"
+            )
 
     @property
     def steps(self) -> int:

@@ -354,7 +354,8 @@ class Trainer:
         total: Any = 0.0
         for number in range(step * train.accumulation, (step + 1) * train.accumulation):
             key = (train.seed, self.stage, number, who) if who else (train.seed, self.stage, number)
-            draw = Draw(key, self.device, self.step / self.recipe.stages[self.stage].iterations)
+            turn = number % train.accumulation, train.accumulation
+            draw = Draw(key, self.device, self.step / self.recipe.stages[self.stage].iterations, turn)
             part = loss(self._batch(number, who), draw)
             (part / train.accumulation).backward()
             total = total + part.detach() / train.accumulation

@@ -16,6 +16,7 @@ from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.stages import DMDStage
 from hypersd.distill.trainer import Trainer
+from hypersd.errors import HypersdError
 from hypersd.models.noise_process import NoiseProcess
 from tests.distill import toy
 
@@ -65,12 +66,13 @@ class Gaussian(nn.Module):
             old.data.copy_(new.data)
 
 
-def train(tmp_path: Any, iterations: int, **options: Any) -> Gaussian:
+def train(tmp_path: Any, iterations: int, passes: dict[str, int] | None = None, **options: Any) -> Gaussian:
     g = torch.Generator().manual_seed(5)
     data = LatentDataset([{"latents": MEAN + SPREAD * torch.randn(512, 16, generator=g)}], [""] * 512, {})
     one = {"method": "dmd", "iterations": iterations, "real_score": "base", "guidance_scale": [1.0, 1.0]}
     one |= {"anchor": [0.0, 0.0], "consistency": 0.0}
-    recipe = {"train": {"batch_size": 64, "learning_rate": 0.02, "watch_every": 0}, "stages": [one | options]}
+    settings = {"batch_size": 64, "learning_rate": 0.02, "watch_every": 0} | (passes or {})
+    recipe = {"train": settings, "stages": [one | options]}
     return Trainer(parse_recipe(recipe), toy.COMPONENTS, data, tmp_path, backbone=Gaussian()).run()
 
 
@@ -172,6 +174,45 @@ def test_a_share_of_the_batch_trains_on_the_consistency_loss() -> None:
     model.add_role("ema")
     everything.loss(batch(8), Draw((1,), torch.device("cpu"))).backward()
     assert "fake" not in model.calls
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 20])
+def test_the_share_and_the_gradient_of_a_step_do_not_depend_on_its_passes(size: int) -> None:
+    """20 samples in passes of `size`: 30 % of them train on the consistency loss, and the step's gradient is that of
+    one pass with them all. A sample's loss is its number times the weight."""
+    method, turns = fixed(consistency=0.3, consistency_weight=2.0)[0], 20 // size
+    rows = torch.arange(1.0, 21.0)
+    seen: dict[str, list[float]] = {"matching": [], "tscd": []}
+    weight = torch.ones((), requires_grad=True)
+
+    def of(name: str) -> Any:
+        return lambda part, draw: seen[name].extend(part.latents[:, 0].tolist()) or weight * part.latents.mean()
+
+    method._matching_loss, method.tscd.loss = of("matching"), of("tscd")  # type: ignore[method-assign]
+    for turn in range(turns):
+        part = Batch(rows[turn * size : (turn + 1) * size, None], {})
+        draw = Draw((1, turn), torch.device("cpu"), 0.0, (turn, turns))
+        (method.loss(part, draw) / turns).backward()
+    assert sorted(seen["matching"] + seen["tscd"]) == rows.tolist() and len(seen["tscd"]) == 6
+    assert weight.grad is not None
+    assert weight.grad.item() == pytest.approx(np.mean(seen["matching"]) + 2.0 * np.mean(seen["tscd"]), rel=1e-6)
+
+
+def test_single_samples_share_the_passes_of_a_step(tmp_path: Any) -> None:
+    passes = {"batch_size": 1, "accumulation": 10}
+    model = train(tmp_path, 2, passes, consistency=0.3, fake_updates=1)
+    # both losses ask the base model once; the matching loss the fake score as well, which then learns in as many passes
+    assert [model.calls.count(role) for role in ("base", "fake")] == [2 * 10, 2 * (7 + 10)]
+
+
+def test_a_step_without_room_for_the_share_is_refused() -> None:
+    one = {"method": "dmd", "iterations": 1, "real_score": "base"}
+    for share, word, rest in ((0.3, "none", 0), (0.6, "all", 1)):
+        with pytest.raises(HypersdError, match=rf"stages\.0: .* is {word} of them; .* or set consistency = {rest}$"):
+            parse_recipe({"train": {"batch_size": 1}, "stages": [one | {"consistency": share}]})
+        parse_recipe({"train": {"batch_size": 1, "accumulation": 3}, "stages": [one | {"consistency": share}]})
+    for share in (0.0, 1.0):
+        parse_recipe({"train": {"batch_size": 1}, "stages": [one | {"consistency": share}]})
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
