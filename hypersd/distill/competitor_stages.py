@@ -28,6 +28,12 @@ class LCMStage(ConsistencyStage):
     guidance_scale: Range = (4.0, 16.0)
     target: Literal["ema", "online"] = "online"
 
+    @model_validator(mode="after")
+    def _has_the_steps(self) -> LCMStage:
+        if self.grid < self.steps:
+            raise ValueError(f"grid = {self.grid} has fewer points than the {self.steps} steps the weights are for")
+        return self
+
     @property
     def steps(self) -> int:
         return 4

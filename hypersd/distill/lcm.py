@@ -14,10 +14,9 @@ import numpy as np
 from hypersd.distill.competitor_stages import LCMStage
 from hypersd.distill.method import Context
 from hypersd.distill.parts import Consistency, sampling_metadata
-from hypersd.distill.segments import SegmentGrid
+from hypersd.distill.segments import SegmentGrid, sampling_grids
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.solvers import lcm_denoised
-from hypersd.sampling.timesteps import lcm_grid
 
 
 class LCM(Consistency):
@@ -35,6 +34,6 @@ class LCM(Consistency):
 
     @staticmethod
     def metadata(stage: LCMStage, process: NoiseProcess) -> dict[str, str]:
-        """1 to 8 steps of the lcm solver on the training grid."""
-        grids = {n: lcm_grid(n, process.num_train_timesteps, stage.grid) for n in (1, 2, 4, 8)}
+        """1 to 8 steps of the lcm solver on the training grid, those that fit."""
+        grids = sampling_grids((1, 2, 4, 8), stage.grid, process.num_train_timesteps)
         return sampling_metadata("lcm", process, "lcm", grids)

@@ -8,12 +8,13 @@ segment below it, and the solver's target is clamped to the segment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from hypersd.sampling.timesteps import trailing
+from hypersd.sampling.timesteps import subsample, trailing
 
 EndPolicy = Literal["uniform", "boundary", "mixed"]
 
@@ -25,6 +26,14 @@ def grid(num_points: int, num_train_timesteps: int = 1000) -> np.ndarray:
         raise ValueError(f"a grid needs between 1 and {num_train_timesteps} points, got {num_points}")
     points = np.arange(1, num_points + 1, dtype=np.int64) * num_train_timesteps // num_points - 1
     return points[points > 0]
+
+
+def sampling_grids(steps: Iterable[int], num_points: int, num_train_timesteps: int = 1000) -> dict[int, np.ndarray]:
+    """For each number of steps that fits: as many points of `grid`, evenly spaced by index from its last, descending.
+    So weights are sampled where they were trained, whether the number of points divides T or not."""
+    fits = len(grid(num_points, num_train_timesteps))
+    points = np.arange(1, num_points + 1, dtype=np.int64) * num_train_timesteps // num_points - 1
+    return {n: subsample(points, n) for n in steps if n <= fits}
 
 
 def boundary(timesteps: np.ndarray, segments: int, num_train_timesteps: int = 1000) -> np.ndarray:

@@ -13,9 +13,8 @@ import numpy as np
 from hypersd.distill.competitor_stages import TDDStage
 from hypersd.distill.method import Context
 from hypersd.distill.parts import Consistency, sampling_metadata
-from hypersd.distill.segments import SegmentGrid
+from hypersd.distill.segments import SegmentGrid, sampling_grids
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.sampling.timesteps import lcm_grid
 
 
 class TDD(Consistency):
@@ -40,13 +39,17 @@ class TDD(Consistency):
     @staticmethod
     def metadata(stage: TDDStage, process: NoiseProcess) -> dict[str, str]:
         """The tcd solver on the grids that were trained."""
-        low, high = stage.sampling_steps
-        grids = {n: lcm_grid(n, process.num_train_timesteps, stage.grid) for n in range(low, high + 1)}
+        grids = trained_grids(stage, process.num_train_timesteps)
         return sampling_metadata("tdd", process, "tcd", grids, eta=stage.eta, guidance=stage.sampling_guidance)
 
 
 def targets(stage: TDDStage, num_train_timesteps: int = 1000) -> np.ndarray:
     """0 and the timesteps of all sampling grids but the first, ascending, int64."""
+    grids = trained_grids(stage, num_train_timesteps).values()
+    return np.unique(np.concatenate([[0], *(grid[1:] for grid in grids)]))
+
+
+def trained_grids(stage: TDDStage, num_train_timesteps: int = 1000) -> dict[int, np.ndarray]:
+    """The sampling grids by their number of steps."""
     low, high = stage.sampling_steps
-    grids = [lcm_grid(n, num_train_timesteps, stage.grid)[1:] for n in range(low, high + 1)]
-    return np.unique(np.concatenate([[0], *grids]))
+    return sampling_grids(range(low, high + 1), stage.grid, num_train_timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from hypersd.distill.data import Batch
 from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import Recipe, parse_recipe
+from hypersd.distill.segments import grid
 from hypersd.distill.stages import STAGES
 from hypersd.distill.trainer import METHODS, Trainer
 from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.sampler import denoiser, sample, sampler_for
+from hypersd.sampling.timesteps import lcm_grid
 from tests.distill import toy
 from tests.distill.test_trainer import Stop, assert_same, losses, stop_at, toy_trainer, trainer
 
@@ -268,6 +271,25 @@ def test_published_grids() -> None:
     assert sampled("tdd", 4).timesteps.tolist() == [999, 751, 499, 251]
     assert sampled("perflow", 4).timesteps.tolist() == [999, 749, 499, 249]
     assert sampled("perflow", 8).timesteps.tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
+
+
+@pytest.mark.parametrize("name", ["lcm", "rg_lcd", "tcd", "tdd"])
+def test_files_name_timesteps_that_were_trained(name: str) -> None:
+    rewards = {"rewards": [{"kind": "a"}]} if name == "rg_lcd" else {}
+    for points in (4, 6, 8, 25, 40, 50, 60, 64, 250, 300, 600, 1000):
+        steps = {"sampling_steps": [4, min(8, points)]} if name == "tdd" else {}
+        stage = STAGES[name].model_validate({"method": name, "iterations": 1, "grid": points} | rewards | steps)
+        offered = json.loads(METHODS[type(stage)].metadata(stage, toy.PROCESS)["timesteps"])
+        promised = range(4, min(8, points) + 1) if name == "tdd" else [n for n in (1, 2, 4, 8) if n <= points]
+        assert [int(n) for n in offered] == list(promised)
+        trained = set(grid(points).tolist())
+        for n, timesteps in offered.items():
+            assert len(timesteps) == int(n) and timesteps[0] == 999 and trained.issuperset(timesteps)
+            if 1000 % points == 0:  # the published grids
+                assert timesteps == lcm_grid(int(n), 1000, points).tolist()
+    if name != "tcd":
+        with pytest.raises(HypersdError, match=r"stages\.0: (grid = 3 has fewer points than the 4|sampling_steps)"):
+            parse_recipe({"stages": [{"method": name, "iterations": 1, "grid": 3} | rewards]})
 
 
 def sampled(name: str, steps: int | None = None, **options: Any) -> Any:
