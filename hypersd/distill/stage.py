@@ -103,6 +103,11 @@ class GuidedStage(BaseStage):
             raise ValueError(
                 f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
             )
+        if self.guidance_scale[0] < 1:
+            raise ValueError(
+                f"guidance_scale {list(self.guidance_scale)} goes below 1, towards the empty caption; "
+                "use [1, 1] for no guidance"
+            )
         return self
 
     @property

@@ -72,6 +72,11 @@ def test_overrides() -> None:
             " rg_lcd, dmd, feedback; did you mean 'tscd'?",
         ),
         ("stages.0.guidance_scale=[3, 1]", "stages.0: guidance_scale [3.0, 1.0] is not a range"),
+        (
+            "stages.0.guidance_scale=[0, 0]",
+            "stages.0: guidance_scale [0.0, 0.0] goes below 1, towards the empty caption; use [1, 1] for no guidance",
+        ),
+        ("stages.0.guidance_scale=[0.5, 7]", "stages.0: guidance_scale [0.5, 7.0] goes below 1"),
         ("stages.0.grid=4", "stages.0: grid = 4 has fewer points than there are segments (8)"),
         ("stages.9.grid=4", "stages has entries 0 to 4, found '9'"),
         ("model=3", "model: found 3, should be a section"),
