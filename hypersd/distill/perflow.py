@@ -30,6 +30,8 @@ class PeRFlow:
     def __init__(self, stage: PeRFlowStage, context: Context) -> None:
         self.stage, self.context, self.process = stage, context, context.process
         self.guided = stage.guidance_scale != (1.0, 1.0) and not context.embeds_guidance
+        T = self.process.num_train_timesteps
+        chord(self.process, *perflow_windows(T - 1, stage.windows, T))  # raises at once where it must
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch. latents (B, C, ...), one t and guidance scale per sample."""

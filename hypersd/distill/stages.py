@@ -40,8 +40,8 @@ class TSCDStage(ConsistencyStage):
     ended with, in which guidance is already baked (in the first stage there is none before it: "base").
     `t_end`: where the two jumps of the loss meet, in [t_b, t_prev]: "uniform", "boundary", or "mixed", which is the
     boundary with probability `t_end_mix`.
-    `weighting`: "inv_b2" measures the distance in units of the network's eps error (it divides by the jump's own factor
-    B), so that high noise levels do not drown the others.
+    `weighting`: "inv_b2" measures the distance in units of the network's own error (it divides by the factor B that the
+    jump multiplies the network's output with), so that high noise levels do not drown the others.
     `adversarial_weight`: of a critic's opinion of the student's ends (hypersd.distill.adversarial), 0 for none;
     `consistency_weight`: of the distance beside it. `staged_weights` takes both from STAGED, by the number of segments.
     `adaptive` multiplies the critic's opinion by the ratio of the two gradients (CTM), within [0.01, 10].

@@ -23,7 +23,6 @@ from hypersd.distill.segments import SegmentGrid
 from hypersd.distill.stages import TCDStage, TSCDStage
 from hypersd.kernels import affine_step
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.sampling.solvers import chord
 from hypersd.sampling.timesteps import trailing
 
 
@@ -95,10 +94,10 @@ class TSCD(Consistency):
         return self.grid.sample(rng, size, self.stage.t_end, self.stage.t_end_mix)
 
     def loss_coef(self, t: np.ndarray, t_prev: np.ndarray, t_end: np.ndarray) -> np.ndarray:
-        """Divided by |B| of the student's jump (see chord) for weighting = "inv_b2"."""
+        """For weighting = "inv_b2" divided by what the student's jump multiplies the network's output with."""
         coef = super().loss_coef(t, t_prev, t_end)
         if self.stage.weighting == "inv_b2":
-            coef /= np.abs(chord(self.process, t, t_end)[1])[:, None]
+            coef /= np.abs(coef[:, 1:2])
         return coef
 
     @staticmethod

@@ -205,10 +205,15 @@ def perflow_windows(t: ArrayLike, windows: int, T: int = 1000) -> tuple[NDArray[
 
 def chord(process: NoiseProcess, s: ArrayLike, e: ArrayLike) -> tuple[Array, Array]:
     """(A, B) with x_e = A x_s + B d, the first-order jump: d is the noise (VP) or the velocity (flow). So B is what an
-    error of the network's estimate of d is multiplied by."""
+    error of the network's estimate of d is multiplied by. Raises HypersdError where x_s is pure noise: no A."""
     (alpha_s, sigma_s), (alpha_e, sigma_e) = process.at(s), process.at(e)
     if process.kind == "flow":
         return np.ones_like(sigma_e), sigma_e - sigma_s
+    if (alpha_s == 0).any():
+        raise HypersdError(
+            "perflow needs a schedule that keeps some signal in its last timestep (this one has zero terminal SNR); "
+            "use another method"
+        )
     return alpha_e / alpha_s, sigma_e - sigma_s * alpha_e / alpha_s
 
 

@@ -319,6 +319,15 @@ def test_perflow_sampling_is_the_published_step() -> None:
         perflow(toy.PROCESS, [999, 499], windows=4)
 
 
+def test_perflow_without_a_line_from_pure_noise_is_refused() -> None:
+    process = NoiseProcess.from_config(VP | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    stage = STAGES["perflow"].model_validate({"method": "perflow", "iterations": 1})
+    with pytest.raises(HypersdError, match="perflow needs a schedule .* zero terminal SNR.*; use another method"):
+        METHODS[type(stage)](stage, Context(Linear(), process, {}))  # type: ignore[arg-type]
+    with pytest.raises(HypersdError, match="zero terminal SNR"):
+        sampler_for(process, METHODS[type(stage)].metadata(stage, process))
+
+
 STAGE: dict[str, dict[str, Any]] = {
     "tcd": {}, "lcm": {"target": "ema"}, "pcm": {"phases": 4}, "tdd": {"grid": 50}, "perflow": {"solver_steps": 2},
 }  # fmt: skip

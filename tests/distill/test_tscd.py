@@ -111,7 +111,12 @@ def test_loss_and_gradient_equal_a_derivation_by_hand(kind: str, loss: str, opti
     )
     if options.get("weighting") == "inv_b2":
         (a_t, s_t, _), (a_s, s_s, _) = level(t), level(t_end)
-        d = d / (s_s - s_t if kind == "flow" else s_s - s_t * a_s / a_t).abs()
+        # d x_end / d m of the jump
+        factor = {
+            "epsilon": s_s - s_t * a_s / a_t, "v_prediction": a_t * s_s - s_t * a_s, "flow": s_s - s_t,
+            "sample": a_s - s_s * a_t / s_t,
+        }[kind]  # fmt: skip
+        d = d / factor.abs()
     rho = {
         "mse": d**2,
         "l1": d.abs(),
@@ -170,6 +175,16 @@ def test_offset_noise_statistics() -> None:
     assert abs(within.var() * 36 / 35 - 1.0) < 0.01  # beside the offset it stays white, unit variance
     plain = perturbed_noise(like, 0.0, Draw(KEY, torch.device("cpu")))
     assert abs(plain.mean(dim=(2, 3)).var() - 1 / 36) < 0.002
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_inv_b2_trains_the_first_step_at_zero_terminal_snr(prediction: str) -> None:
+    process = NoiseProcess.from_config(VP | {"prediction_type": prediction, "rescale_betas_zero_snr": True})
+    assert process.alpha[-1] == 0
+    method = TSCD(stage(segments=2, weighting="inv_b2"), Context(Linear(), process, {}))
+    coef = method.loss_coef(np.array([999, 974]), np.array([974, 949]), np.array([499, 499]))
+    assert np.isfinite(coef).all()
+    np.testing.assert_allclose(np.abs(coef[:, 1]), 1.0)  # an error of the network's output counts as it is
 
 
 def test_chord_values() -> None:
