@@ -7,7 +7,7 @@ A method computes coefficients in float64 on the host; what happens to a latent 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,22 +171,32 @@ def sampling_metadata(
     return found if eta is None else found | {"eta": f"{eta:g}"}
 
 
-def guidances(stage: BaseStage, key: tuple[int, ...], size: int) -> np.ndarray:
-    """What a network that is told its guidance is told in one batch, float32 (size,): drawn from the stage's range, or
-    the usual where it has none."""
-    low, high = getattr(stage, "guidance_scale", (DEFAULT_GUIDANCE, DEFAULT_GUIDANCE))
-    return np.random.default_rng(key).uniform(low, high, size).astype(np.float32)
+def embedded_guidance(stages: Sequence[BaseStage], init: Mapping[str, str]) -> tuple[float, float]:
+    """The range of what a network that is told its guidance is told in the last of `stages`: the stage's own or, where
+    it has none (feedback), that of the newest before it; else as the LoRA file with the metadata `init` says, or the
+    usual."""
+    for stage in reversed(stages):
+        if hasattr(stage, "guidance_scale"):
+            return stage.guidance_scale
+    usual = float(init.get("embedded_guidance", DEFAULT_GUIDANCE))
+    return usual, usual
 
 
-def model_metadata(stage: BaseStage, components: Any, backbone: Any, latent_size: tuple[int, int]) -> dict[str, str]:
+def guidances(told: tuple[float, float], key: tuple[int, ...], size: int) -> np.ndarray:
+    """What a network that is told its guidance is told in one batch, float32 (size,): drawn from the range `told`."""
+    return np.random.default_rng(key).uniform(*told, size).astype(np.float32)
+
+
+def model_metadata(
+    told: tuple[float, float], components: Any, backbone: Any, latent_size: tuple[int, int]
+) -> dict[str, str]:
     """What the metadata of a LoRA file says about the model it was trained on: `resolution`, pixels along a side of the
-    training pictures where they are square, and `embedded_guidance`, the middle of the stage's range, where the network
-    is told its guidance."""
+    training pictures where they are square, and `embedded_guidance`, the middle of the range `told`, where the
+    network is told its guidance."""
     found = {}
     factor = getattr(components, "vae_scale_factor", None)
     if factor is not None and latent_size[0] == latent_size[1]:
         found["resolution"] = str(factor * latent_size[0])
     if getattr(backbone, "embeds_guidance", False):
-        middle = getattr(stage, "guidance_scale", (DEFAULT_GUIDANCE, DEFAULT_GUIDANCE))
-        found["embedded_guidance"] = f"{sum(middle) / 2:g}"
+        found["embedded_guidance"] = f"{sum(told) / 2:g}"
     return found

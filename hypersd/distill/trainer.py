@@ -29,7 +29,7 @@ from hypersd.distill.lcm import LCM
 from hypersd.distill.lightning import Lightning
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method, StructureLoss
-from hypersd.distill.parts import guidances, model_metadata
+from hypersd.distill.parts import embedded_guidance, guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.probe import Probe, alarms
@@ -120,6 +120,7 @@ class Trainer:
         self.auxiliaries: list[tuple[Auxiliary, FlatAdamW]] = []
         self.probe: Probe | None = None
         self.loaded: dict[str, Tensor] = {}
+        self.init: Mapping[str, str] = {}  # metadata
         if recipe.train.init is not None:
             self._start_from(recipe.train.init)
 
@@ -183,7 +184,7 @@ class Trainer:
     def _start_from(self, path: str) -> None:
         """A LoRA file is what the first stage goes on with, or, where that trains an adapter of its own, stands on."""
         state, metadata = load_lora(path)
-        metadata = rules_for(path, metadata)
+        self.init = metadata = rules_for(path, metadata)
         scale = float(metadata.get("lora_scale", 1.0))  # of a file without alpha
         if metadata.get("base_model", self.backbone.fingerprint) != self.backbone.fingerprint:
             raise HypersdError(f"{path} was made for {metadata['base_model']}, not for this model; see train.init")
@@ -372,10 +373,13 @@ class Trainer:
         )
         if getattr(self.backbone, "embeds_guidance", False):
             key = (train.seed, self.stage, number, who, 2)
-            told = guidances(self.recipe.stages[self.stage], key, train.batch_size)
-            batch.cond["guidance"] = torch.from_numpy(told)
+            batch.cond["guidance"] = torch.from_numpy(guidances(self._told, key, train.batch_size))
         cond = {k: self._here(v) for k, v in batch.cond.items()}
         return Batch(self._here(batch.latents), cond, batch.captions, batch.indices)
+
+    @property
+    def _told(self) -> tuple[float, float]:
+        return embedded_guidance(self.recipe.stages[: self.stage + 1], self.init)
 
     def _here(self, t: Tensor) -> Tensor:
         """`t` on the device. To a GPU it goes through pinned memory: a plain copy would wait for all work before it."""
@@ -454,7 +458,7 @@ class Trainer:
         if not isinstance(self.backbone, Backbone):
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
-        metadata |= model_metadata(stage, self.components, self.backbone, self.dataset.latent_size)
+        metadata |= model_metadata(self._told, self.components, self.backbone, self.dataset.latent_size)
         files = {stage.file: EMA}
         if self.stage == len(self.recipe.stages) - 1:
             files["lora"] = self.result

@@ -294,6 +294,32 @@ def test_rewards_keep_less_of_the_decoder_where_blocks_are_computed_again(tmp_pa
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("adapter", ["separate", "continue"])
+def test_feedback_tells_flux_the_guidance_of_the_weights_that_it_improves(adapter: str, tmp_path: Path) -> None:
+    """Of the stage before, or of the file that it starts from."""
+    parts = components("flux")
+    parts.vae = make_vae(scaling_factor=0.3611, shift_factor=0.1159).requires_grad_(False)
+    terms = [{"kind": "brightness", "threshold": 5.0}]
+    feedback = {"method": "feedback", "iterations": 1, "rollout": [2], "rewards": terms, "adapter": adapter}
+    rewards = {"brightness": lambda images, captions: images.mean((1, 2, 3))}
+    seen: list[torch.Tensor] = []
+    parts.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["guidance"]), with_kwargs=True
+    )
+
+    def run(name: str, *stages: dict[str, Any], **train: Any) -> None:
+        r = recipe(*stages, watch_every=0, **train)
+        Trainer(r, copy.deepcopy(parts), latents("flux"), tmp_path / name, rewards=rewards).run()
+        assert all(((told >= 1.0) & (told <= 2.0)).all() for told in seen) and seen
+        for file in ("lora-feedback", "lora"):
+            assert load_lora(tmp_path / name / f"{file}.safetensors")[1]["embedded_guidance"] == "1.5"
+
+    run("whole", stage("tscd", 1, segments=1, guidance_scale=[1.0, 2.0]), feedback)
+    seen.clear()
+    run("init", feedback, init=str(tmp_path / "whole" / "lora-1step.safetensors"))
+    assert all((told == 1.5).all() for told in seen)
+
+
 CRITICS: list[dict[str, Any]] = [
     stage("tscd", adversarial_weight=0.1),
     stage("tscd", adversarial_weight=0.1, critic="encoder", segments=1),

@@ -325,9 +325,7 @@ def test_transformers_take_the_same_call():
 def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
     with pytest.raises(HypersdError, match="matches the LoRA targets"):
         Backbone(copy.deepcopy(tiny_unet), LoraSpec(targets=("to_z",)))
-    with pytest.raises(
-        HypersdError, match="UNet2DConditionModel matches the LoRA targets to_kk, net.9; check"
-    ):
+    with pytest.raises(HypersdError, match="UNet2DConditionModel matches the LoRA targets to_kk, net.9; check"):
         Backbone(copy.deepcopy(tiny_unet), LoraSpec(targets=("to_q", "to_kk", "net.2", "net.9")))
     for arguments in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}):
         with pytest.raises(HypersdError, match="LoRA (rank|alpha)"):
