@@ -86,12 +86,14 @@ def patch_size(network: Any) -> int:
 
 def blocks(network: Any) -> tuple[list[nn.Module], list[int]]:
     """(the blocks in the order in which they run, their widths): down, middle and up blocks of a UNet, all blocks of a
-    transformer. Raises HypersdError for a network that has neither."""
+    transformer. Raises HypersdError for a network that has neither, and for a UNet without a middle block."""
     if kind(network) != "unet":
         found = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
         return found, [int(network.inner_dim)] * len(found)
     if not all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks")):
         raise HypersdError(f"a critic needs a UNet or a transformer of SD3 or FLUX, not {type(network).__name__}")
+    if network.mid_block is None:
+        raise HypersdError("a critic needs a UNet with a middle block, and this one's mid_block_type is null")
     widths = [int(width) for width in network.config.block_out_channels]
     found = [*network.down_blocks, network.mid_block, *network.up_blocks]
     return found, [*widths, widths[-1], *reversed(widths)]

@@ -8,14 +8,14 @@ import torch
 
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
-from hypersd.models.critic import accuracy
+from hypersd.models.critic import Critic, accuracy
 from hypersd.models.encoder_critic import (
     BottleneckCritic,
     EncoderCritic,
     log_critic_loss,
     log_generator_loss,
 )
-from tests.conftest import make_flux, make_sd3
+from tests.conftest import make_flux, make_sd3, make_unet
 from tests.models.test_critic import draw
 
 COND = {"encoder_hidden_states": torch.zeros(6, 16, 32)}
@@ -187,3 +187,10 @@ def test_another_network_is_refused() -> None:
     for make in (EncoderCritic, lambda network: BottleneckCritic(network, "fake")):
         with pytest.raises(HypersdError, match="needs a UNet or a transformer of SD3 or FLUX"):
             make(other)  # type: ignore[arg-type]
+
+
+def test_a_unet_without_a_middle_block_is_refused() -> None:
+    backbone = Backbone(make_unet(mid_block_type=None))
+    for make in (EncoderCritic, lambda network: BottleneckCritic(network, "student"), Critic):
+        with pytest.raises(HypersdError, match="a critic needs a UNet with a middle block, .* mid_block_type is null"):
+            make(backbone)
