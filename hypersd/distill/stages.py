@@ -80,6 +80,8 @@ class TSCDStage(ConsistencyStage):
         for name, default in (("consistency_weight", 1.0), ("adversarial_weight", 0.0)):
             if self.staged_weights and getattr(self, name) != default:
                 raise ValueError(f"{name} and staged_weights = true exclude each other; leave one out")
+        if not any(self.weights):
+            raise ValueError("nothing to learn from: consistency_weight and adversarial_weight are both 0")
         return self
 
     @property
@@ -286,7 +288,7 @@ class FeedbackStage(BaseStage):
             raise ValueError(f"reward {twice[0]} is there twice")
         if self.structure is None and not any(reward.weight > 0 for reward in self.rewards):
             raise ValueError("nothing to learn from: give a reward with a weight, or structure")
-        if self.solver == "ddim" and self.eta > 0 and "eta" in self.model_fields_set:
+        if self.solver == "ddim" and self.eta not in (0.0, type(self).model_fields["eta"].default):
             raise ValueError('eta belongs to solver = "tcd"; leave it out')
         return self
 

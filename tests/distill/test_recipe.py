@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hypersd.distill.recipe import load_recipe, parse_recipe, shipped
+from hypersd.distill.recipe import completed, load_recipe, parse_recipe, shipped
 from hypersd.errors import HypersdError
 
 
@@ -87,6 +87,26 @@ def test_overrides() -> None:
 )
 def test_wrong_overrides_say_what_and_where(override: str, expected: str) -> None:
     assert expected in line("emoji-quick", [override])
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    stage = {"method": "tscd", "segments": 4, "iterations": 1, "consistency_weight": 0.0}
+    with pytest.raises(HypersdError, match=r"stages\.0: nothing to learn from: consistency_weight and adv"):
+        parse_recipe({"stages": [stage]})
+    assert parse_recipe({"stages": [stage | {"adversarial_weight": 1.0}]}).stages[0].weights == (0.0, 1.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "tcd"])
+def test_what_was_written_down_is_completed(solver: str) -> None:
+    """By a key that a later version has."""
+    term = {"kind": "aesthetic", "threshold": 6.0}
+    stage = {"method": "feedback", "iterations": 1, "solver": solver, "rewards": [term]}
+    whole = parse_recipe({"train": {"init": "lora.safetensors"}, "stages": [stage]}).model_dump(mode="json")
+    earlier = {**whole, "train": {k: v for k, v in whole["train"].items() if k != "lr_scheduler"}}
+    assert completed(earlier) == whole
+    if solver == "ddim":
+        with pytest.raises(HypersdError, match='eta belongs to solver = "tcd"'):
+            parse_recipe({"train": {"init": "lora.safetensors"}, "stages": [stage | {"eta": 0.5}]})
 
 
 def test_previous_stage_teacher_needs_a_fine_enough_grid() -> None:
