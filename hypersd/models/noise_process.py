@@ -87,8 +87,14 @@ class NoiseProcess:
         HypersdError for what it cannot honour.
         """
         config = dict(scheduler_config)
+        name = str(config.get("_class_name", ""))
+        if name.startswith("EDM") or config.get("sigma_data") is not None:
+            raise HypersdError(
+                f"the scheduler {name or 'config'} is of the EDM family (sigma_data), whose networks take scaled "
+                "inputs; only VP and flow models are supported"
+            )
         prediction = config.get("prediction_type") or "epsilon"
-        is_flow = "FlowMatch" in str(config.get("_class_name", "")) or "shift" in config or "flow" in str(prediction)
+        is_flow = "FlowMatch" in name or "shift" in config or "flow" in str(prediction)
         if is_flow or config.get("use_dynamic_shifting") or config.get("use_flow_sigmas"):
             return cls._flow(config, mu, latent_size)
         abar = torch.cumprod(1.0 - vp_betas(config), dim=0).numpy()

@@ -212,6 +212,8 @@ def test_bad_input_is_one_clear_line():
         ({"trained_betas": [0.1, 2.0]}, "alpha_bar"),
         ({"trained_betas": [0.1, float("nan")]}, "alpha_bar"),
         ({"shift": -1.0}, "shift must be positive"),
+        ({"_class_name": "EDMEulerScheduler"}, "scheduler EDMEulerScheduler is of the EDM family"),
+        ({"sigma_data": 0.5, "sigma_min": 0.002}, "the scheduler config is of the EDM family"),
     ]:
         with pytest.raises(HypersdError, match=message) as error:
             NoiseProcess.from_config(config)
