@@ -135,7 +135,7 @@ def encode_images(components: Components, images: Tensor, generator: torch.Gener
     # one posterior of all, so that what is drawn does not depend on the parts
     posterior = type(parts[0])(torch.cat([part.parameters for part in parts]))
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    shift, scale = _vae_affine(components)
+    shift, scale = _vae_affine(components, latents)
     return ((latents - shift) * scale).to(images.dtype)
 
 
@@ -146,15 +146,22 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
     """
     vae = components.vae
     weight = next(vae.parameters())
-    shift, scale = _vae_affine(components)
+    shift, scale = _vae_affine(components, latents)
     z = latents / scale + shift
     return vae.decode(z.to(weight), return_dict=False)[0].to(latents.dtype)
 
 
-def _vae_affine(components: Components) -> tuple[float, float]:
+def _vae_affine(components: Components, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """(shift, scale); (1, C, 1, 1) each where the VAE has a mean and a standard deviation for every channel."""
     config = components.vae.config
-    shift = getattr(config, "shift_factor", None)
-    return 0.0 if shift is None else float(shift), float(config.scaling_factor)
+    shift, mean, std = (getattr(config, name, None) for name in ("shift_factor", "latents_mean", "latents_std"))
+    scale = float(config.scaling_factor)
+    if mean is None or std is None:  # diffusers' pipelines use both or neither
+        return 0.0 if shift is None else float(shift), scale
+    if shift is not None:
+        raise HypersdError("the VAE's config has both shift_factor and latents_mean; which of them counts is unknown")
+    mean, std = (torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in (mean, std))
+    return mean, scale / std
 
 
 def _time_ids(components: Components) -> Tensor:

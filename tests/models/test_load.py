@@ -63,6 +63,17 @@ def test_latents_round_the_vae_with_shift_and_scale(tiny_sd_folder):
     components.vae.register_to_config(shift_factor=0.25)
     assert torch.allclose(encode_images(components, images), (mode - 0.25) * 0.18215, rtol=0, atol=1e-7)
     assert (decode_latents(components, (mode - 0.25) * 0.18215) - decoded).abs().max() < 1e-5
+    # as diffusers' SDXL pipelines apply them, by channel
+    mean, std = [0.5, -1.0, 0.0, 2.0], [2.0, 1.0, 0.5, 4.0]
+    components.vae.register_to_config(latents_mean=mean, latents_std=std)
+    with pytest.raises(HypersdError, match="both shift_factor and latents_mean"):
+        encode_images(components, images)
+    components.vae.register_to_config(shift_factor=None)
+    each = (torch.tensor(values)[None, :, None, None] for values in (mean, std))
+    scaled = (mode - next(each)) * 0.18215 / next(each)
+    assert torch.allclose(encode_images(components, images), scaled, rtol=0, atol=1e-6)
+    assert (decode_latents(components, scaled) - decoded).abs().max() < 1e-5
+    components.vae.register_to_config(latents_mean=None, latents_std=None)
     for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, 62, 64)):
         with pytest.raises(HypersdError, match="multiples of 4"):
             encode_images(components, torch.zeros(shape))
