@@ -23,7 +23,7 @@ from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.fused import fuse
-from hypersd.models.load import Components, load_components, skeletons
+from hypersd.models.load import Components, load_components, skeletons, stamps
 from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance, kind
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.rewards import load_reward, load_segmenter
@@ -130,12 +130,11 @@ def load_dataset(
     from hypersd.emoji import scenes
 
     seed, count = recipe.train.seed, data.count
-    identity = json.dumps([__version__, seed, count, data.dtype, _stamps(components.folder)])
+    identity = json.dumps([__version__, seed, count, data.dtype, stamps(components.folder, "**/*.safetensors")])
     key = hashlib.sha256(identity.encode()).hexdigest()
-    try:
-        return LatentDataset.open(folder, key=key)
-    except HypersdError:
-        pass  # none yet, or of other scenes
+    cached = LatentDataset.cached(folder, key)
+    if cached is not None:
+        return cached
 
     def batches() -> Iterator[tuple[np.ndarray, list[str]]]:
         for start in range(0, count, ENCODE_BATCH):
@@ -186,11 +185,6 @@ def load_structure(term: StructureTerm, recipe: Recipe, components: Components) 
     instances = CocoInstances(term.annotations, pictures, data.resolution or model_resolution(components))
     segmenter = load_segmenter(term.kind, term.path, components.device)
     return lambda images, indices: segmenter(images, [instances[int(index)] for index in indices])
-
-
-def _stamps(folder: Path) -> list[Any]:
-    files = sorted(folder.rglob("*.safetensors"))
-    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def scene_references(samples: int, seed: int, variety: tuple[int, int]) -> tuple[Reference, Reference]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from hypersd.distill.captions import pairs, read_picture
 from hypersd.errors import HypersdError
 from hypersd.files import atomic_write
-from hypersd.models.load import Components
+from hypersd.models.load import Components, stamps
 from hypersd.models.prompts import encode_images, encode_null, encode_prompts
 
 Progress = Callable[[int, int | None], None]  # pictures encoded, pictures in all
@@ -115,7 +116,10 @@ class LatentDataset:
         try:
             index = json.loads((folder / "index.json").read_text("utf-8"))
             if key is not None and index["key"] != key:
-                raise HypersdError(f"{folder} was made from other data; remove it to encode again")
+                raise HypersdError(
+                    f"{folder} was made from other data, settings or weights of VAE or text encoders, or by an earlier "
+                    "version; remove it to encode again"
+                )
             shards, captions = [], []
             for entry in index["shards"]:
                 tensors, metadata = _read(folder / entry["file"])
@@ -133,6 +137,16 @@ class LatentDataset:
             ) from None
         except (KeyError, TypeError, ValueError) as error:
             raise HypersdError(f"{folder}/index.json is damaged ({error}); remove {folder} to encode again") from None
+
+    @classmethod
+    def cached(cls, folder: str | Path, key: str) -> LatentDataset | None:
+        """The cache that was made under `key`; None where there is none, or, as a line says then, no use of it."""
+        try:
+            return cls.open(folder, key=key)
+        except HypersdError as error:
+            if (Path(folder) / "index.json").exists():
+                logging.getLogger("hypersd").warning("encoding again: %s", str(error).partition(";")[0])
+            return None
 
     @classmethod
     def from_source(
@@ -232,13 +246,13 @@ class LatentDataset:
         a cache that was made from the same files with the same model is opened instead."""
         found = pairs(pictures, captions)
         size = resolution or model_resolution(components)
-        stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns, text) for p, text in found]
-        identity = json.dumps([stamps, size, str(dtype), seed, str(components.folder)])
+        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns, text) for p, text in found]
+        encoders = stamps(components.folder, "vae/*", "text_encoder*/*", "tokenizer*/*")
+        identity = json.dumps([files, size, str(dtype), seed, str(components.folder), encoders])
         key = hashlib.sha256(identity.encode()).hexdigest()
-        try:
-            return cls.open(folder, key=key)
-        except HypersdError:
-            pass  # none yet, or of other data: encode
+        cached = cls.cached(folder, key)
+        if cached is not None:
+            return cached
 
         def batches() -> Iterator[tuple[np.ndarray, list[str]]]:
             for start in range(0, len(found), batch_size):

@@ -303,6 +303,13 @@ def _check_weights(part: Path) -> str | None:
     return None if plain else "fp16"
 
 
+def stamps(folder: Path, *patterns: str) -> list[list[Any]]:
+    """[name, bytes, time of the last change] of the files under `folder` that match: what tells others from them
+    without reading them."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def check_safetensors(path: Path) -> dict[str, str]:
     """The file's metadata; HypersdError when it is missing, truncated or no safetensors file at all."""
     if path.is_dir():

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypersd.distill.data import LatentDataset
 from hypersd.errors import HypersdError
 from hypersd.models.load import load_components
 from hypersd.models.prompts import encode_images, encode_null, encode_prompts
+from tests.conftest import make_vae
 
 
 def numbered(count: int, shards: int = 1) -> LatentDataset:
@@ -116,6 +119,30 @@ def test_sdxl_is_told_the_picture_s_size(tmp_path: Path, tiny_sdxl_folder: Path)
     cond = data.rows(np.array([1, 0])).cond
     assert cond["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
     assert "time_ids" not in data.uncond and torch.all(data.uncond["text_embeds"] == 0)
+
+
+def test_other_weights_are_encoded_anew(
+    tmp_path: Path, pictures: Path, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another VAE or text encoder in the same folder; the network does not matter."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, model)
+
+    def build() -> LatentDataset:
+        return LatentDataset.from_folder(pictures, load_components(model), tmp_path / "cache", dtype=torch.float32)
+
+    first, rows = build(), np.arange(5)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    assert torch.equal(build().rows(rows).latents, first.rows(rows).latents) and not caplog.records
+    vae = make_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(0.5)
+    vae.save_pretrained(model / "vae")
+    second = build()
+    assert not torch.equal(second.rows(rows).latents, first.rows(rows).latents)
+    assert len(caplog.records) == 1 and "encoding again: " in caplog.text and "weights of VAE" in caplog.text
+    os.utime(model / "text_encoder" / "model.safetensors", ns=(1, 1))
+    assert torch.equal(build().rows(rows).latents, second.rows(rows).latents) and len(caplog.records) == 2
 
 
 def test_shards_are_cut_by_bytes(tmp_path: Path, tiny_sd_folder: Path) -> None:
