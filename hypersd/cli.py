@@ -153,7 +153,7 @@ def sample(
 ) -> None:
     """Sample pictures: one PNG a caption, and grid.png."""
     from hypersd import pictures, resolve
-    from hypersd.sampling.sampler import sampler_for
+    from hypersd.sampling.sampler import SOLVERS, sampler_for
 
     captions = resolve.captions(prompts or [], prompt_file)
     out = resolve.writable(out)
@@ -164,6 +164,9 @@ def sample(
             metadata.pop(name, None)
     given = {"solver": solver and solver.value, "eta": eta}
     metadata |= {name: str(value) for name, value in given.items() if value is not None}
+    chosen = metadata.get("solver", "tcd")
+    if eta is not None and "eta" not in SOLVERS.get(chosen, (None, {}))[1]:
+        raise HypersdError(f"--eta means nothing to the solver {chosen}; it is for ddim and tcd", exit_code=2)
     backbone, components, process = resolve.load_with_lora(
         model, state, metadata, device, resolution=resolution, dtype=dtype.value
     )
@@ -207,7 +210,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="folder for metrics.json, pictures and report.html")] = Path("out/evaluate"),
     device: Device = "auto",
 ) -> None:
-    """Judge a LoRA at 1, 2, 4 and 8 steps beside its teacher and the undistilled model."""
+    """Judge a LoRA, at the numbers of steps it is made for, beside its teacher and the undistilled model."""
     from hypersd.compare import compare
 
     metrics = compare(

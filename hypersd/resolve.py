@@ -39,7 +39,9 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise HypersdError(f"device {name!r} is unknown; use auto, cpu or cuda", exit_code=2) from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise HypersdError(f"device {name!r} is unknown; use auto, cpu or cuda", exit_code=2)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise HypersdError("device cuda was asked for, but torch sees no GPU; `hypersd doctor` says more", exit_code=2)
     return device

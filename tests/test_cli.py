@@ -212,7 +212,13 @@ def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
     assert "'full'" in fails(2, "demo", "--budget", "huge")
     assert "no prompts" in fails(2, "sample", "--lora", lora)
     assert "cannot read prompts" in fails(2, "sample", "--prompt-file", tmp_path / "none.txt")
-    assert "unknown; use auto, cpu or cuda" in fails(2, "sample", "x", "--device", "abacus")
+    for device in ("abacus", "mps", "meta"):
+        assert "unknown; use auto, cpu or cuda" in fails(2, "sample", "x", "--device", device)
+    for solver in ("lcm", "dpmpp_2m", "euler"):
+        assert f"nothing to the solver {solver}" in fails(2, "sample", "x", "--solver", solver, "--eta", "0.5")
+    assert "--guidance-scale" in fails(2, "sample", "x", "--guidance-scale", "nan")
+    assert "not all finite" in fails(2, "merge", lora, lora, "--weights", "nan,1", "--out", tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
     assert "--pictures" in fails(2, "evaluate", lora, "--model", tmp_path)
     assert "effnet-lite0" in fails(2, "evaluate", lora, "--features", "inception")
     assert "belong to the pictures" in fails(2, "evaluate", lora, "--captions", tmp_path / "captions.csv")
@@ -223,6 +229,9 @@ def test_broken_lora_files(fails, lora, tiny_sd_folder, tmp_path):
     sample = ["sample", "x", "--model", tiny_sd_folder, "--out", tmp_path / "out", "--lora"]
     assert "none.safetensors does not exist" in fails(1, *sample, tmp_path / "none.safetensors")
     assert f"{tmp_path} is a folder; name a file in it" in fails(1, *sample, tmp_path)
+    state, metadata = load_lora(lora)
+    save_file(state, tmp_path / "scale.safetensors", metadata | {"lora_scale": "x"})
+    assert "says lora_scale = 'x', which is no number" in fails(1, *sample, tmp_path / "scale.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(lora.read_bytes()[:-1000])
     assert "truncated or damaged" in fails(1, *sample, cut)

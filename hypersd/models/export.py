@@ -70,8 +70,8 @@ def save_lora(
 def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(state dict, metadata) of a LoRA file, any key layout; hand the state to `Backbone.load_lora_state_dict`.
 
-    Raises HypersdError for a missing, truncated or pickled file. Files with alpha only in the metadata get it back as
-    `.alpha` tensors, so that the state alone says the scale.
+    Raises HypersdError for a missing, truncated or pickled file, or a scale that is no number. Files with alpha only in
+    the metadata get it back as `.alpha` tensors, so that the state alone says the scale.
     """
     path = Path(path)
     metadata = check_safetensors(path)
@@ -79,6 +79,14 @@ def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise HypersdError(f"{path} cannot be read ({error}); copy it again") from None
+    try:
+        finite = math.isfinite(float(metadata.get("lora_scale", 1.0)))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise HypersdError(
+            f"the LoRA metadata of {path} says lora_scale = {metadata['lora_scale']!r}, which is no number"
+        )
     return state | _alphas(state, metadata), metadata
 
 

@@ -8,6 +8,7 @@ apart, as is sometimes done, gives cross terms B_1 A_2 that nobody trained. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,10 +23,12 @@ Layers = Mapping[str, Layer]
 def concatenate(loras: Sequence[Layers], weights: Sequence[float]) -> dict[str, Layer]:
     """The weighted sum of the LoRAs, exactly. Layers that only some of them adapt are in the result too.
 
-    Raises HypersdError where a layer has two shapes, or the numbers of LoRAs and weights differ.
+    Raises HypersdError where a layer has two shapes, there is not one weight for each LoRA, or one is not finite.
     """
     if len(loras) != len(weights) or not loras:
         raise HypersdError(f"{len(weights)} weights for {len(loras)} LoRAs; give one weight each", exit_code=2)
+    if not all(math.isfinite(weight) for weight in weights):
+        raise HypersdError(f"the weights {list(weights)} are not all finite numbers", exit_code=2)
     merged = {}
     for path in dict.fromkeys(path for layers in loras for path in layers):
         parts = [(layers[path], weight) for layers, weight in zip(loras, weights, strict=True) if path in layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -133,6 +134,9 @@ def sampler_for(process: NoiseProcess, metadata: Mapping[str, str], steps: int |
         given = {name: kind(metadata[name]) for name, kind in options.items() if name in metadata}
         guidance = float(metadata.get("guidance_scale", 1.0))
         embedded = float(metadata["embedded_guidance"]) if "embedded_guidance" in metadata else None
+        for name, value in {**given, "guidance_scale": guidance, "embedded_guidance": embedded or 0.0}.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} = {value}")
     except ValueError as error:
         raise HypersdError(f"the LoRA metadata cannot be read: {error}") from None
     if steps is None:

@@ -163,6 +163,8 @@ def test_a_lora_file_says_how_to_sample():
         ({"timesteps": "[999"}, None, "cannot be read"),
         ({"timesteps": "5"}, None, "5 is no list of timesteps"),
         ({"timesteps": '["a"]'}, None, "is no list of timesteps"),
+        ({"guidance_scale": "nan"}, None, "cannot be read: guidance_scale = nan"),
+        ({"eta": "inf"}, None, "cannot be read: eta = inf"),
         ({"steps": "4,x"}, None, "cannot be read: steps"),
         ({"steps": "0"}, None, "cannot be read: steps = '0'"),
         ({"solver": "perflow", "windows": "0"}, None, "windows = 0"),
