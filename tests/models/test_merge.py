@@ -70,6 +70,8 @@ def test_truncation_of_two_aligned_updates_loses_nothing() -> None:
 def test_wrong_merges() -> None:
     with pytest.raises(HypersdError, match="1 weights for 2 LoRAs"):
         concatenate([{}, {}], [1.0])
+    with pytest.raises(HypersdError, match="not all finite"):
+        concatenate([{}, {}], [1.0, float("nan")])
     with pytest.raises(HypersdError, match="different models: x has shapes"):
         concatenate([{"x": layer(1, (3,), 3, 1.0)}, {"x": layer(1, (4,), 3, 1.0)}], [1.0, 1.0])
     with pytest.raises(HypersdError, match="at least 1"):
