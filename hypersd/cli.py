@@ -102,19 +102,21 @@ def distill(
     device: Device = "auto",
 ) -> None:
     """Train a few-step LoRA by a recipe."""
+    from hypersd import resolve
     from hypersd.distill.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    out = out or Path("out") / Path(recipe).stem
+    resolve.check(loaded, out, resume=resume, from_good=from_good)
     if dry_run:
         from hypersd import plan
 
         plan.show(plan.plan(loaded), out_console)
         return
-    from hypersd import resolve
     from hypersd.console import Progress
     from hypersd.distill.trainer import Trainer
 
-    out = resolve.writable(out or Path("out") / Path(recipe).stem)
+    out = resolve.writable(out)
     with Progress({stage.name: stage.iterations for stage in loaded.stages}, error_console) as progress:
         components, dataset = resolve.load_run(
             loaded, out / "latents", device, lambda done, total: progress("encode pictures", done, total)

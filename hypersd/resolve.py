@@ -14,19 +14,23 @@ import torch
 
 from hypersd import __version__
 from hypersd.distill.captions import pairs, read_picture
+from hypersd.distill.checkpoint import read_state
+from hypersd.distill.competitor_stages import LinearReward
 from hypersd.distill.data import LatentDataset, model_resolution
+from hypersd.distill.health import good_name
 from hypersd.distill.instances import CocoInstances
 from hypersd.distill.method import StructureLoss, asked_for
 from hypersd.distill.recipe import Recipe
-from hypersd.distill.stages import StructureTerm
+from hypersd.distill.stages import RewardTerm, StructureTerm
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.fused import fuse
 from hypersd.models.load import Components, load_components, skeletons, stamps
-from hypersd.models.networks import DEFAULT_GUIDANCE, embeds_guidance, kind
+from hypersd.models.lora import LoraSpec
+from hypersd.models.networks import DEFAULT_GUIDANCE, default_targets, embeds_guidance, kind
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.models.rewards import load_reward, load_segmenter
+from hypersd.models.rewards import check_reward, check_segmenter, load_reward, load_segmenter
 
 EMBEDDED, EMBEDDED_FLOW = "embedded", "embedded-flow"
 ENCODE_BATCH = 64
@@ -148,6 +152,35 @@ def load_dataset(
     )
 
 
+def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
+    """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
+    for a missing checkpoint to go on from, LoRA targets without a layer, and for `train.init`, rewards and structure
+    that are not there, cannot be read, or do not fit the model."""
+    if resume or from_good:
+        checkpoint = out / "checkpoint.safetensors"
+        read_state(good_name(checkpoint) if from_good else checkpoint)
+    network = skeletons(model_folder(recipe.model.path), only_network=True)["network"]
+    lora = recipe.lora
+    backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, lora.targets or default_targets(network)))
+    if recipe.train.init is not None:
+        try:
+            state, metadata = read_lora(Path(recipe.train.init))
+            _check_base(backbone, metadata, recipe.model.path, "take one of its own")
+            role = "before" if recipe.stages[0].is_separate else "student"  # which has the recipe's rank and layers
+            backbone.load_lora_state_dict(state, role, scale=float(metadata.get("lora_scale", 1.0)))
+        except HypersdError as error:
+            raise HypersdError(f"train.init: {error}", exit_code=error.exit_code) from None
+    for stage in recipe.stages:
+        for term in getattr(stage, "rewards", []):
+            _check_reward(term, recipe)
+        term = getattr(stage, "structure", None)
+        if term is not None:
+            _check_structure(term, recipe)
+            if term.kind != "scenes":
+                check_segmenter(term.kind, term.path)
+                _instances(term, recipe, 1)
+
+
 def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
     """What the recipe's feedback stages name, as keyword arguments of Trainer."""
     found: dict[str, Any] = {}
@@ -155,12 +188,11 @@ def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
     for stage in recipe.stages:
         for term in getattr(stage, "rewards", []):
             name = asked_for(term)
-            if is_embedded(recipe.model.path) and term.path is None:
+            if term.path is None:
                 from hypersd.emoji import rewards
 
+                _check_reward(term, recipe)
                 found[name] = rewards.load(term.kind, term.weight, components.device)
-            elif term.path is None:
-                raise HypersdError(f"reward {term.kind} needs path, the folder of its weights", exit_code=2)
             elif name not in found:
                 found[name] = load_reward(term.kind, term.path, components.device)
         term = getattr(stage, "structure", None)
@@ -171,22 +203,43 @@ def load_rewards(recipe: Recipe, components: Components) -> dict[str, Any]:
 
 def load_structure(term: StructureTerm, recipe: Recipe, components: Components) -> StructureLoss:
     """The structure loss of a feedback stage: (pictures, numbers of the data set's samples) -> scalar."""
+    _check_structure(term, recipe)
     if term.kind == "scenes":
-        if recipe.data.kind != "scenes":
-            raise HypersdError('structure.kind = "scenes" belongs to data.kind = "scenes"', exit_code=2)
         from hypersd.emoji import rewards
 
         return rewards.structure(recipe.train.seed, components.device)
-    data = recipe.data
-    if data.kind != "folder" or data.path is None or term.path is None or term.annotations is None:
+    instances = _instances(term, recipe, recipe.data.resolution or model_resolution(components))
+    assert term.path is not None
+    segmenter = load_segmenter(term.kind, term.path, components.device)
+    return lambda images, indices: segmenter(images, [instances[int(index)] for index in indices])
+
+
+def _check_reward(term: RewardTerm | LinearReward, recipe: Recipe) -> None:
+    if term.path is not None:
+        check_reward(term.kind, term.path)
+    elif is_embedded(recipe.model.path):
+        from hypersd.emoji import rewards
+
+        rewards.check(term.kind, term.weight)
+    else:
+        raise HypersdError(f"reward {term.kind} needs path, the folder of its weights", exit_code=2)
+
+
+def _check_structure(term: StructureTerm, recipe: Recipe) -> None:
+    if term.kind == "scenes":
+        if recipe.data.kind != "scenes":
+            raise HypersdError('structure.kind = "scenes" belongs to data.kind = "scenes"', exit_code=2)
+    elif recipe.data.kind != "folder" or term.path is None or term.annotations is None:
         raise HypersdError(
             f'structure.kind = "{term.kind}" needs path, annotations (COCO JSON) and data.kind = "folder"',
             exit_code=2,
         )
-    pictures = [picture for picture, _ in pairs(data.path, data.captions)]
-    instances = CocoInstances(term.annotations, pictures, data.resolution or model_resolution(components))
-    segmenter = load_segmenter(term.kind, term.path, components.device)
-    return lambda images, indices: segmenter(images, [instances[int(index)] for index in indices])
+
+
+def _instances(term: StructureTerm, recipe: Recipe, resolution: int) -> CocoInstances:
+    assert recipe.data.path is not None and term.annotations is not None
+    pictures = [picture for picture, _ in pairs(recipe.data.path, recipe.data.captions)]
+    return CocoInstances(term.annotations, pictures, resolution)
 
 
 def scene_references(samples: int, seed: int, variety: tuple[int, int]) -> tuple[Reference, Reference]:
@@ -277,12 +330,12 @@ def told_guidance(
     return {key: str(usual)} | found
 
 
-def _check_base(backbone: Backbone, metadata: Mapping[str, str], model: str) -> None:
+def _check_base(
+    backbone: Backbone, metadata: Mapping[str, str], model: str, remedy: str = "name its own with --model"
+) -> None:
     base = metadata.get("base_model")
     if base is not None and base != backbone.fingerprint:
-        raise HypersdError(
-            f"the LoRA belongs to another model ({base}; {model} is {backbone.fingerprint}); name its own with --model"
-        )
+        raise HypersdError(f"the LoRA belongs to another model ({base}; {model} is {backbone.fingerprint}); {remedy}")
 
 
 def convert(source: Path, target: Path, format: str, model: str) -> None:

@@ -131,6 +131,70 @@ def test_every_stage_has_what_it_asked_for(tmp_path: Path, monkeypatch: pytest.M
     assert methods[0].structure == "own"  # type: ignore[attr-defined]
 
 
+def test_what_is_missing_is_said_before_anything_is_encoded(
+    tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `distill` and by its --dry-run: everything beside model and pictures that a run will want."""
+    monkeypatch.setattr(resolve, "load_run", lambda *_: pytest.fail("the model is loaded"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64)).save(pictures / "0.png")
+    (pictures / "0.txt").write_text("black")
+    init, run = tmp_path / "init.safetensors", tmp_path / "run"
+    network = load_components(tiny_sd_folder).network
+    backbone = Backbone(network, LoraSpec(3, 6.0))
+    save_lora(init, backbone, "student")
+    save_lora(tmp_path / "flux.safetensors", Backbone(make_flux()), "student")
+    (tmp_path / "cut.safetensors").write_bytes(init.read_bytes()[:-1000])
+    (tmp_path / "empty").mkdir()
+    mask2former().save_pretrained(tmp_path / "mask2former")
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+
+    def said(*options: str, reward: str = "", structure: str = "", adapter: str = "continue") -> str:
+        """The last line of `distill` and of its --dry-run, which must be the same."""
+        path = tmp_path / "recipe.toml"
+        path.write_text(
+            f'model.path = "{tiny_sd_folder}"\ndata = {{kind = "folder", path = "{pictures}"}}\n'
+            f'lora = {{rank = 3, alpha = 6.0}}\ntrain.init = "{init}"\n'
+            f'[[stages]]\nmethod = "feedback"\niterations = 1\nadapter = "{adapter}"\n'
+            f"rewards = [{reward}]\n" + (f"structure = {structure}" if structure else "")
+        )
+        lines = []
+        for more in ([], ["--dry-run"]):
+            capsys.readouterr()
+            assert cli.run(["distill", str(path), "--out", str(run), *options, *more]) > 0
+            lines.append(capsys.readouterr().err.strip().splitlines()[-1])
+        assert lines[0] == lines[1] and not run.exists()
+        return lines[0]
+
+    def reward(kind: str, path: str) -> str:
+        return f'{{kind = "{kind}", path = "{tmp_path / path}", threshold = 1.0}}'
+
+    def structure(kind: str, path: str, annotations: str) -> str:
+        return f'{{kind = "{kind}", path = "{tmp_path / path}", annotations = "{tmp_path / annotations}"}}'
+
+    good = {"structure": structure("transformers", "mask2former", "coco.json")}
+    for adapter in ("continue", "separate"):
+        assert "train.init: none.safetensors does not exist" in said(
+            "--set", "train.init=none.safetensors", adapter=adapter, **good
+        )
+        cut = f"train.init={tmp_path / 'cut.safetensors'}"
+        assert "cut.safetensors is truncated" in said("--set", cut, adapter=adapter, **good)
+        flux = f"train.init={tmp_path / 'flux.safetensors'}"
+        assert "train.init: the LoRA belongs to another model" in said("--set", flux, adapter=adapter, **good)
+    assert "rank 3 in the file and 4 in role 'student'; set lora.rank" in said("--set", "lora.rank=4", **good)
+    assert "LoRA targets to_kk; check" in said("--set", 'lora.targets=["to_q", "to_kk"]', **good)
+    assert "no checkpoint" in said("--resume", **good) and "checkpoint.good" in said("--from-good", **good)
+    assert f"no folder {tmp_path / 'none'}" in said(reward=reward("aesthetic", "none"))
+    assert "empty holds no .safetensors" in said(reward=reward("aesthetic", "empty"))
+    assert "reward 'taste' is unknown" in said(reward=reward("taste", "empty"))
+    assert "aesthetic needs path" in said(reward='{kind = "aesthetic", threshold = 1.0}')
+    assert f"{tmp_path / 'none'} does not exist" in said(structure=structure("solo", "none", "coco.json"))
+    assert f"no folder {tmp_path / 'none'}" in said(structure=structure("transformers", "none", "coco.json"))
+    assert "cannot read" in said(structure=structure("transformers", "mask2former", "none.json"))
+    assert "does not name 0.png" in said(**good)  # the last thing that is looked at
+
+
 def test_guidance_is_what_the_network_takes() -> None:
     """Asked for, said by the file, or usual; as two passes or as an input. FLUX.1-schnell takes none."""
     unet, dev, schnell = make_unet(), make_flux(), make_flux(guidance_embeds=False)

@@ -21,13 +21,18 @@ KINDS = ("scene_alignment", "scene_preference")
 WATCHED = ("judge_alignment", "judge_preference")
 
 
-def load(kind: str, weight: float, device: str | torch.device = "cpu") -> Reward:
-    """The reward of this kind. Raises HypersdError for an unknown one, and for a judge with a weight."""
+def check(kind: str, weight: float) -> None:
+    """Raises HypersdError for an unknown kind, and for a judge with a weight."""
     if kind not in (*KINDS, *WATCHED):
         known = ", ".join((*KINDS, *WATCHED))
         raise HypersdError(f"reward {kind!r} is unknown; the embedded model has {known}", exit_code=2)
     if kind in WATCHED and weight > 0:
         raise HypersdError(f"{kind} judges and is never optimised; watch it with weight = 0", exit_code=2)
+
+
+def load(kind: str, weight: float, device: str | torch.device = "cpu") -> Reward:
+    """The reward of this kind; HypersdError as by `check`."""
+    check(kind, weight)
     evaluator = evaluators.load("judge" if kind in WATCHED else "reward", torch.device(device))
     if kind.endswith("alignment"):
         return lambda images, captions: evaluator.alignment(images.float(), list(captions))

@@ -240,7 +240,7 @@ def _load_part(folder: Path, index: dict[str, Any], name: str, dtype: torch.dtyp
     cls: Any = _class_of(folder, index, name)
     part = folder / name
     _read_json(part / "config.json")
-    variant = _check_weights(part)
+    variant = check_weights(part)
     kind = {"torch_dtype" if index[name][0] == "diffusers" and _OLD_DIFFUSERS else "dtype": dtype}
     with _loading(part):
         model, info = cls.from_pretrained(
@@ -289,7 +289,7 @@ def _load_tokenizer(folder: Path, index: dict[str, Any], name: str) -> Any:
         return cls.from_pretrained(part, local_files_only=True)
 
 
-def _check_weights(part: Path) -> str | None:
+def check_weights(part: Path) -> str | None:
     """Raise unless safetensors weights are there and whole; return the variant to load ("fp16" or None)."""
     files = sorted(part.glob("*.safetensors"))
     if not files:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hypersd.errors import HypersdError
+from hypersd.models.load import check_safetensors, check_weights
 
 
 class Reward(Protocol):
@@ -47,6 +48,28 @@ class Segmenter(Protocol):
 
 
 KINDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")
+
+
+def check_reward(kind: str, path: str | Path) -> None:
+    """What can be told without loading it: raises HypersdError for an unknown kind, a folder that is not there, and
+    weights that are missing, pickled or truncated."""
+    if kind not in KINDS:
+        raise HypersdError(f"reward {kind!r} is unknown; use {', '.join(KINDS)}", exit_code=2)
+    _check_folder(kind, Path(path))
+
+
+def check_segmenter(kind: str, path: str | Path) -> None:
+    """As `check_reward`."""
+    if kind == "solo":
+        check_safetensors(Path(path))
+    else:
+        _check_folder(f"structure.kind = {kind!r}", Path(path))
+
+
+def _check_folder(what: str, path: Path) -> None:
+    if not path.is_dir():
+        raise HypersdError(f"no folder {path}, where the weights of {what} were to be; check its path")
+    check_weights(path)
 
 
 def load_reward(kind: str, path: str | Path, device: str | torch.device = "cpu") -> Reward:

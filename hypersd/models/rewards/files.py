@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hypersd.errors import HypersdError
-from hypersd.models.load import _check_weights, _loading, check_safetensors
+from hypersd.models.load import _loading, check_safetensors, check_weights
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -22,7 +22,7 @@ def from_folder(cls: Any, folder: Path, what: str) -> Any:
     there, for a missing folder, pickled or truncated weights, and weights that lack something."""
     if not (folder / "config.json").is_file():
         raise HypersdError(f"{folder} has no config.json; it must hold {what}")
-    _check_weights(folder)
+    check_weights(folder)
     with _loading(folder):
         model, info = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
