@@ -44,7 +44,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "lora_parameters": lora,
         "lora_layers": len(backbone.slots),
         "base_bytes": base * BYTES[recipe.train.dtype] + counts["vae"] * 4,
-        # in memory only until the captions are encoded
+        # with the VAE in memory, and the network not yet, while pictures and captions are encoded
+        "vae_bytes": counts["vae"] * 4,
         "text_bytes": sum(count * 4 for name, count in counts.items() if name.startswith("text_encoder")),
         "adapter_bytes": lora * 4 * max(held),  # fp32
         # a trained copy of the encoder with the same
@@ -91,7 +92,8 @@ def show(plan: dict[str, Any], console: Console) -> None:
         f"data       {plan['pictures']:,} pictures\n"
         f"memory     {plan['base_bytes'] / mib:,.0f} MiB frozen + {plan['adapter_bytes'] / mib:,.0f} MiB adapters and "
         f"optimizer{critic}; activations come on top\n"
-        f"           {plan['text_bytes'] / mib:,.0f} MiB text encoders before, until the captions are encoded",
+        f"encoding   {plan['text_bytes'] / mib:,.0f} MiB text encoders + {plan['vae_bytes'] / mib:,.0f} MiB VAE, "
+        "before the network; not where the data is cached",
         highlight=False,
         soft_wrap=True,
     )

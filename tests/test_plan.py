@@ -30,4 +30,10 @@ def test_memory_counts_every_adapter_and_the_copy_of_the_encoder() -> None:
     assert found["critic_bytes"] == 16 * sum(p.numel() for p in critic.parameters())
     console = Console(file=io.StringIO(), width=200)
     show(found, console)
-    assert f"+ {found['critic_bytes'] / 2**20:,.0f} MiB critic" in console.file.getvalue()  # type: ignore[attr-defined]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"+ {found['critic_bytes'] / 2**20:,.0f} MiB critic" in said
+    components = load_model("embedded", "cpu")
+    vae, text = (
+        4 * sum(p.numel() for p in part.parameters()) for part in (components.vae, components.text_encoders[0])
+    )
+    assert f"encoding   {text / 2**20:,.0f} MiB text encoders + {vae / 2**20:,.0f} MiB VAE, before" in said
