@@ -166,14 +166,14 @@ def trees(
     json_path: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Compare this tree with `reference`. Returns 0 whatever it finds; 2 for a name that is not known."""
+    """Compare this tree with `reference`. Returns 0 whatever it finds; 2 for an unknown name or a missing folder."""
     from hypersd.kernels._op import OPS
 
-    from .run import DTYPES, SHAPES, unknown
+    from .run import DTYPES, SHAPES, unknown, unwritable
 
     console = console or Console()
     shapes, dtypes = list(shapes or SHAPES["cpu"]), list(dtypes or DTYPES["cpu"])
-    wrong = unknown(ops, shapes, dtypes, list(OPS))
+    wrong = unknown(ops, shapes, dtypes, list(OPS)) or unwritable(json_path)
     if wrong:
         console.print(wrong, style="red", soft_wrap=True)
         return 2

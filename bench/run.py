@@ -21,6 +21,11 @@ from .harness import OURS, Result, measure_op
 SHAPES = {"cpu": ("emoji",), "cuda": ("sd15", "sdxl")}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 SECONDS = {"cpu": 0.2, "cuda": 0.15}
+PEERS = {  # of what is timed besides operators
+    "sampler_step": ("scheduler", "diffusers"),
+    "sd15_unet": ("peft", "base", "diffusers"),
+    "tscd_step": ("diffusers+peft",),
+}
 
 
 def others() -> dict[str, Callable[..., Iterable[list[Result]]]]:
@@ -43,6 +48,21 @@ def unknown(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], kn
     return ""
 
 
+def unwritable(path: Path | None) -> str:
+    """One line about why no file can be written there; empty when one can."""
+    if path is None or (path.parent.is_dir() and not path.is_dir()):
+        return ""
+    return f"{path} is a folder, name a file" if path.is_dir() else f"{path}: there is no folder {path.parent}; make it"
+
+
+def unknown_peer(ops: Sequence[str], peers: Sequence[str]) -> str:
+    """One line about the first peer that none of `ops` has; empty when all are known."""
+    named = [p for op in ("", *ops) for p in (*peers_of.PROVIDERS.get(op, ()), *PEERS.get(op, ()))]
+    known = list(dict.fromkeys(named))
+    wrong = next((peer for peer in peers if peer not in known), None)
+    return f"no peer {wrong}; known: {', '.join(known)}" if wrong else ""
+
+
 def main(
     ops: Sequence[str] = (),
     *,
@@ -56,10 +76,12 @@ def main(
     console: Console | None = None,
 ) -> int:
     """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
-    own rows is red, else 0; 2 for a name that is not known. `seconds` is the time of a case, dtype and mode."""
+    own rows is red, else 0; 2 for a name that is not known or a file that has no folder.
+    `seconds` is the time of a case, dtype and mode."""
     console = console or Console()
     names, shapes, dtypes = list(ops) or [*OPS, "sampler_step"], shapes or SHAPES[device], dtypes or DTYPES[device]
-    wrong = unknown(names, shapes, dtypes)
+    wrong = unknown(names, shapes, dtypes) or unknown_peer(names, peers or ())
+    wrong = wrong or unwritable(json_path) or unwritable(plot_path)
     if wrong:
         console.print(wrong, style="red", soft_wrap=True)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 from rich.console import Console
 
 import bench
-from bench import gpu, harness, peers, report, sanitize
+from bench import compare, gpu, harness, peers, report, sanitize
+from bench import run as bench_run
 from hypersd.kernels import _native
 from hypersd.kernels._op import OPS, asked_for
 
@@ -111,6 +113,28 @@ def test_unknown_names_are_refused():
     assert bench.main(["no_such_op"], console=said) == 2
     assert "no operator no_such_op" in said.export_text()
     assert bench.main(["affine_step"], dtypes=["float12"], console=QUIET) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"json_path": "none/x.jsonl"}, "there is no folder"),
+        ({"plot_path": "none/x.png"}, "there is no folder"),
+        ({"json_path": "."}, "is a folder, name a file"),
+        ({"peers": ["eager", "nosuch"]}, "no peer nosuch; known: hypersd, cuda, eager, compile"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run.roofline, "measured", lambda *args: pytest.fail("measured"))
+    options = {k: v if k == "peers" else tmp_path / v for k, v in options.items()}
+    said = Console(record=True, file=io.StringIO(), width=400)
+    assert bench.main(["affine_step"], console=said, **options) == 2
+    assert words in said.export_text()
+    if "json_path" in options:
+        monkeypatch.setattr(compare, "checkout", lambda *args: pytest.fail("checked out"))
+        said = Console(record=True, file=io.StringIO(), width=400)
+        assert compare.trees("HEAD", ["affine_step"], console=said, **options) == 2
+        assert words in said.export_text()
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_conv2d"])
