@@ -45,8 +45,8 @@ HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_REST
     case huber:
       for (int64_t i = 0; i < count; ++i) {
         const C size = d[i] < 0 ? -d[i] : d[i], inner = C(0.5) * d[i] * d[i], outer = c * (size - C(0.5) * c);
-        rho[i] = size <= c ? inner : outer;
-        if (Slope) slope[i] = p1 * (size <= c ? d[i] : d[i] < 0 ? -c : c);
+        rho[i] = size > c ? outer : inner;  // so asked, nan is inner
+        if (Slope) slope[i] = p1 * (size > c ? (d[i] < 0 ? -c : c) : d[i]);
       }
       break;
     case pseudo_huber:
@@ -59,7 +59,8 @@ HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_REST
           rho[i] = square * root * inverse;
           slope[i] = p1 * (d[i] * ((root + c) * inverse));
         } else {
-          rho[i] = square * reciprocal(root + c);
+          // 1 / v has no guess for infinity; inf * 0 is the definition's nan
+          rho[i] = square * (square < std::numeric_limits<C>::infinity() ? reciprocal(root + c) : C(0));
         }
       }
       break;

@@ -15,8 +15,8 @@ __device__ inline float distance(int64_t kind, float c, float d, float& derivati
     return d * d;
   }
   if (kind == huber) {
-    derivative = size <= c ? d : copysignf(c, d);
-    return size <= c ? 0.5f * d * d : c * (size - 0.5f * c);
+    derivative = size > c ? copysignf(c, d) : d;  // so asked, nan is inside
+    return size > c ? c * (size - 0.5f * c) : 0.5f * d * d;
   }
   if (kind == pseudo_huber) {  // sqrt(d^2 + c^2) - c = d^2 / (root + c), which does not cancel for small d
     const float root = sqrtf(d * d + c * c);

@@ -237,8 +237,8 @@ def wants_adapter_grad(a: Tensor, b: Tensor) -> bool:
 
 
 def fold(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """W + alpha b a in W's dtype and memory format; for a linear layer or a convolution."""
-    if weight.dim() == 4 and weight.stride(1) == 1 and not weight.is_contiguous():  # channels last
+    """W + alpha b a in W's dtype and memory format (contiguous where it has none), linear or convolution."""
+    if _lora_rows.is_last(weight):
         rows = weight.permute(0, 2, 3, 1)
         folded = torch.addmm(rows.flatten(1), b.flatten(1), a.permute(0, 2, 3, 1).flatten(1), alpha=alpha)
         return folded.view(rows.shape).permute(0, 3, 1, 2)

@@ -105,9 +105,11 @@ def check(
             raise TypeError(f"shadow: got {tensor.dtype}, expected {param.dtype} as param, or a narrower one")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
-    for name, number in (("clip", clip), ("step", step_tensor), ("lr", lr_tensor)):
+    for name, number, low in (("clip", clip, None), ("step", step_tensor, 1), ("lr", lr_tensor, 0)):
         if number is not None:
             _rows.check_numbers(name, number, ((),), param.device)
+            if low is not None and type(number) is Tensor and number.device.type == "cpu":  # read without waiting
+                _rows.check_real(name, number.item(), low)
     for name, value, low, high in (
         ("step", step, 1, math.inf), ("lr", lr, 0, math.inf), ("eps", eps, 0, math.inf),
         ("weight_decay", weight_decay, 0, math.inf), ("ema_decay", ema_decay, 0, 1),
@@ -284,7 +286,8 @@ def adamw_ema_(
         clip: a 0-d tensor that multiplies the gradient (see `clip_coefficient`). Where it is not finite, nothing is
             written: the weights of a step whose gradient overflowed stay as they are, without asking the host.
 
-    Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit.
+    Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit; numbers on a
+    GPU are not looked at, which would wait for it.
     """
     step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, _rows.check_real("step", step))
     lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, _rows.check_real("lr", lr))

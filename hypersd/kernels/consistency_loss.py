@@ -61,6 +61,7 @@ CASES = (
     _case("odd_huber", 3, 5, 7, 11, kind="huber", weight=True, bench=False),
     _case("odd_l1", 2, 3, 33, 17, kind="l1", reduction="none", bench=False),
     _case("plane", 37, 2, bench=False),
+    _case("vector", 1_001, reduction="none", bench=False),
     _case("video_mse", 2, 4, 3, 10, 10, kind="mse", bench=False),
     _case("empty_batch", 0, 4, 8, 8, reduction="none", bench=False),
 )
@@ -88,7 +89,7 @@ def _rho(d: Tensor, kind: int, c: float) -> Tensor:
         return torch.where(d.abs() <= c, 0.5 * d * d, c * (d.abs() - 0.5 * c))
     if kind == KINDS["pseudo_huber"]:
         return d * d / (torch.sqrt(d * d + c * c) + c)  # = sqrt(d^2 + c^2) - c, without its cancellation
-    return d.abs()
+    return d * _slope(d, kind, c).detach()  # |d|, whose own gradient makes nan a 0
 
 
 def _slope(d: Tensor, kind: int, c: float) -> Tensor:
@@ -97,7 +98,7 @@ def _slope(d: Tensor, kind: int, c: float) -> Tensor:
         return 2 * d
     if kind == KINDS["huber"]:
         return d.clamp(-c, c)
-    return d / torch.sqrt(d * d + c * c) if kind == KINDS["pseudo_huber"] else d.sign()
+    return d / torch.sqrt(d * d + c * c) if kind == KINDS["pseudo_huber"] else d.sign().where(d == d, d)
 
 
 def reference(
@@ -114,7 +115,7 @@ def reference(
 ) -> Tensor:
     """The definition: plain torch in float32 at least, differentiable in eps_student."""
     d, _ = _residual(eps_student, x_t, eps_target, x_s, coef)
-    loss = _rho(d, kind, c).flatten(1).mean(1)
+    loss = _rho(d, kind, c).unsqueeze(-1).flatten(1).mean(1)
     if weight is not None:
         loss = loss * weight.to(loss)
     return loss.mean() if mean else loss
@@ -190,9 +191,9 @@ def _loss_kernel(
         rho = d * d
         derivative = 2 * d
     elif KIND == 1:
-        inner = tl.abs(d) <= c
-        rho = tl.where(inner, 0.5 * d * d, c * (tl.abs(d) - 0.5 * c))
-        derivative = tl.where(inner, d, tl.where(d > 0, c, -c))
+        outer = tl.abs(d) > c  # so asked, nan is inside
+        rho = tl.where(outer, c * (tl.abs(d) - 0.5 * c), 0.5 * d * d)
+        derivative = tl.where(outer, tl.where(d > 0, c, -c), d)
     elif KIND == 2:
         root = tl.sqrt_rn(d * d + c * c)
         rho = tl.div_rn(d * d, root + c)

@@ -134,6 +134,7 @@ def forward_form(
     update = F.conv2d(s, bs)
     if form == "split" and x.device.type == "cpu" and torch.backends.mkldnn.is_available() and x.numel():
         if x.dtype in (torch.float32, torch.bfloat16):  # oneDNN adds the update before it stores: one rounding
+            bias = None if bias is None else bias.contiguous()  # whose strides it does not read
             return torch.ops.mkldnn._convolution_pointwise.binary(
                 x, update, weight, bias, padding, stride, [1, 1], 1, "add", None, None, [], None
             )

@@ -85,7 +85,8 @@ def forward_form(
     if bias is None:
         return update.addmm_(x, weight.t())
     if update.numel() >= FUSED and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, update, weight, bias, "add")  # the three, rounded once
+        # the three, rounded once; it does not read the bias's strides
+        return torch.ops.mkldnn._linear_pointwise.binary(x, update, weight, bias.contiguous(), "add")
     return update.addmm_(x, weight.t()).add_(bias)
 
 
@@ -181,6 +182,7 @@ def _triton(
         return _forms(x, weight, bias, a, b, scale, scale_tensor, keep)
     n, k = weight.shape
     rows, weight, a, b = x.reshape(-1, k).contiguous(), weight.contiguous(), a.contiguous(), b.contiguous()
+    bias = None if bias is None else bias.contiguous()
     with on_device(x):
         s = _lora_gemm.shrink(rows, a, True)
         y = _lora_gemm.expand(s, b, rows, weight, bias, scale, scale_tensor, True)

@@ -231,7 +231,7 @@ def _triton(
     slots, scales = slots.contiguous(), scales.contiguous()
     with on_device(x):
         s = _shrink(rows, a, slots, tokens, True)
-        y = _expand(s, b, rows, weight, bias, slots, scales, tokens, True)
+        y = _expand(s, b, rows, weight, None if bias is None else bias.contiguous(), slots, scales, tokens, True)
     return y.view(*x.shape[:-1], n), s if keep else x.new_empty(0)
 
 

@@ -269,9 +269,13 @@ def norm_shrink(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
     Returns:
         y of the shape and dtype of x, and S (..., r), both contiguous; differentiable once in x, weight, bias and a.
+        Inside torch.autocast nothing is cast: both stay in x's dtype.
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit.
     """
     if isinstance(a, Tensor) and isinstance(x, Tensor) and a.dtype != x.dtype and a.dtype.is_floating_point:
         a = a.to(x.dtype)
+    if isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # S is of x's dtype, whatever computes it
+            return OP(x, weight, bias, eps, a)
     return OP(x, weight, bias, eps, a)

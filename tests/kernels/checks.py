@@ -159,6 +159,38 @@ def check(op: Op, inputs: dict[str, Any], rounding: float = 0.0) -> list[str]:
     return wrong
 
 
+def accepts(op: Op, inputs: dict[str, Any]) -> bool:
+    """Whether the operator's checks let these inputs pass."""
+    try:
+        with torch.no_grad(), use("reference"):
+            results(op, inputs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def odd(op: Op) -> list[Case]:
+    return [case for case in small(op) if case.name.startswith("odd")] or [smallest(op)]
+
+
+def with_nan(inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The inputs with one number of one tensor replaced by nan, tensor by tensor."""
+    for name, value in inputs.items():
+        if numbers(name, value) and value.dim():
+            planted = value.clone()
+            planted[tuple(size // 2 for size in value.shape)] = float("nan")
+            yield name, inputs | {name: planted}
+
+
+def check_nan(op: Op, inputs: dict[str, Any]) -> list[str]:
+    """The results and gradients that are nan elsewhere than the reference's. Products may spread one: 0 nan is nan."""
+    found = evaluate(op, inputs)
+    with use("reference"):
+        expected = evaluate(op, inputs)
+    masks = {name: (value.isnan(), found[name].isnan()) for name, value in expected.items()}
+    return [name for name, (of, own) in masks.items() if (of & ~own if op.plan else of ^ own).any()]
+
+
 def layouts(inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same numbers in other memory orders, tensor by tensor and all at once; and batch-expanded ones."""
 
@@ -180,8 +212,13 @@ def layouts(inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     def expanded(t: Tensor) -> Tensor:
         return t[:1].expand_as(t)
 
-    changes = (transposed, channels_last, sliced, reversed_strides, expanded)
-    names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2]
+    def stepped(t: Tensor) -> Tensor:
+        view = t.new_full((*t.shape, 2), float("nan"))[..., 0]
+        view.copy_(t)
+        return view
+
+    changes = (transposed, channels_last, sliced, reversed_strides, expanded, stepped)
+    names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()]
     names = [name for name in names if numbers(name, inputs[name])]
     for change in changes:
         yield f"all {change.__name__}", inputs | {name: change(inputs[name]) for name in names}

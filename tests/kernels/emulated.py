@@ -71,10 +71,16 @@ def test_error_at_most_twice_eagers(op, case, dtype, poisoned):
 
 @every
 def test_any_memory_order(op, poisoned):
-    case = next((c for c in checks.small(op) if c.name.startswith("odd")), checks.smallest(op))
     for dtype in DTYPES[:2]:
-        for name, changed in checks.layouts(case.inputs(dtype)):
-            assert checks.check(op, changed) == [], name
+        for name, changed in checks.layouts(checks.odd(op)[0].inputs(dtype)):
+            assert (op.mutated and not checks.accepts(op, changed)) or checks.check(op, changed) == [], name
+
+
+@every
+def test_nan_comes_out_where_the_definition_has_it(op):
+    for case in checks.odd(op):
+        for name, changed in checks.with_nan(case.inputs()):
+            assert not checks.accepts(op, changed) or checks.check_nan(op, changed) == [], (case.name, name)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["outside", "inside"])

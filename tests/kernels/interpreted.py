@@ -41,10 +41,20 @@ def test_error_at_most_twice_eagers(op, case, dtype, poisoned):
 
 @pytest.mark.parametrize("op", EVERY)
 def test_any_memory_order(op, poisoned):
-    case = next((c for c in checks.small(op) if c.name.startswith("odd")), checks.smallest(op))
     with use("triton"):
-        for name, changed in checks.layouts(case.inputs()):
-            assert checks.check(op, changed) == [], name
+        for name, changed in checks.layouts(checks.odd(op)[0].inputs()):
+            if op.mutated and not checks.accepts(op, changed):
+                continue
+            # numbers that are all alike leave the errors of the reference to luck
+            assert checks.check(op, changed, torch.finfo(torch.float32).eps) == [], name
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_nan_comes_out_where_the_definition_has_it(op):
+    with use("triton"):
+        for case in checks.odd(op):
+            for name, changed in checks.with_nan(case.inputs()):
+                assert not checks.accepts(op, changed) or checks.check_nan(op, changed) == [], (case.name, name)
 
 
 @pytest.mark.parametrize("op", EVERY)

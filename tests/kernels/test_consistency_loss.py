@@ -103,6 +103,12 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_square_that_overflows_is_no_negative_loss(dtype):
+    x, coef = torch.zeros(1, 40, dtype=dtype), torch.tensor([[0.0, 1, 0, 0]], dtype=torch.float64)
+    assert consistency_loss(torch.full_like(x, math.inf), x, x, x, coef).isnan()
+
+
 def test_gradient_flows_into_the_student_alone():
     v = {name: t.requires_grad_() for name, t in inputs(2, 3, 4).items()}
     consistency_loss(**v).backward()

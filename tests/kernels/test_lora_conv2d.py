@@ -131,6 +131,13 @@ def test_folded_weight_is_the_layer_and_keeps_its_format(layout):
     torch.testing.assert_close(folded, lora_conv2d(**inputs, scale=0.7, stride=2, padding=1))
 
 
+def test_a_folded_weight_of_one_channel_has_plain_strides():
+    """oneDNN's convolution reads beside a weight whose single channel has another stride than a contiguous one."""
+    weight = torch.randn(32, 1, 3, 3).transpose(2, 3)
+    folded = _lora.fold(weight, torch.randn(4, 1, 3, 3), torch.zeros(32, 4, 1, 1), 1.0)
+    assert torch.equal(folded, weight) and folded.stride() == (9, 9, 3, 1)
+
+
 def test_a_small_update_survives_bfloat16_in_channels_last():
     # of the CPU's kernel alone: a GPU rounds the convolution to 16 bits before the update joins it, as PEFT does
     inputs = layer(4, 16, k=64, n=64, r=32, dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hypersd.kernels import _lora, _lora_rows, _tune, explain, lora_linear, use
+from tests.kernels import checks
 
 op_file = importlib.import_module("hypersd.kernels.lora_linear")
 FORMS = ("split", "accumulate", "fold")
@@ -208,6 +209,17 @@ def test_any_size_fills_whole_tiles(rows, k, rank, monkeypatch):
         exact = op_file.reference(*wide.values(), 0.7, None)
         assert "y by rows_fold" in str(explain(lora_linear, **inputs, scale=0.7))
     assert float((found - exact).norm() / exact.norm()) < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_memory_order_by_onednn(dtype, monkeypatch):
+    """Its products, else for large layers alone."""
+    module = importlib.import_module("hypersd.kernels.lora_linear")
+    monkeypatch.setattr(module, "FUSED", 0)
+    monkeypatch.setattr(module, "WIDE", 0)
+    monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
+    for name, inputs in checks.layouts(checks.odd(module.OP)[0].inputs(dtype)):
+        assert checks.check(module.OP, inputs) == [], name
 
 
 def test_autocast_computes_in_its_dtype():

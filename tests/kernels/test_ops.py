@@ -33,6 +33,12 @@ RUNS = [
     for device in checks.DEVICES
     for name in implementations(op, *device.values)
 ]
+WAYS = [
+    pytest.param(op, *device.values, name, id=f"{op.name}-{device.id}-{name}", marks=device.marks)
+    for op in OPS.values()
+    for device in checks.DEVICES
+    for name in implementations(op, *device.values)
+]
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
 KINDS = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in checks.kinds(op)]
 DIFFERENTIABLE = [pytest.param(op, id=op.name) for op in OPS.values() if op.differentiable]
@@ -46,14 +52,23 @@ def test_error_at_most_twice_eagers(op, case, device, implementation, dtype, poi
     assert checks.check(op, case.inputs(dtype, device)) == []
 
 
-@on_devices
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("op", EVERY)
-def test_any_memory_order(op, dtype, device, poisoned):
-    case = next((c for c in checks.small(op) if c.name.startswith("odd")), checks.smallest(op))
-    inputs = case.inputs(dtype, device)
-    for name, changed in checks.layouts(inputs):
-        assert checks.check(op, changed) == [], name
+@pytest.mark.parametrize(("op", "device", "implementation"), WAYS, indirect=["implementation"])
+def test_nan_comes_out_where_the_definition_has_it(op, device, implementation, dtype):
+    for case in checks.odd(op):
+        for name, changed in checks.with_nan(case.inputs(dtype, device)):
+            if checks.accepts(op, changed):
+                assert checks.check_nan(op, changed) == [], (case.name, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("op", "device", "implementation"), WAYS, indirect=["implementation"])
+def test_any_memory_order(op, device, implementation, dtype, poisoned):
+    for case in checks.odd(op):
+        for name, changed in checks.layouts(case.inputs(dtype, device)):
+            if op.mutated and not checks.accepts(op, changed):
+                continue  # buffers written to may have to be contiguous
+            assert checks.check(op, changed) == [], (case.name, name)
 
 
 @on_devices
@@ -90,6 +105,27 @@ def test_gradcheck(op, case, device):
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     with use("reference"):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@on_devices
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_autocast(op, backward_inside, device):
+    """The dtypes of the definition, gradients in those of their leaves, and numbers that are right to 16 bits."""
+    inputs = checks.smallest(op).inputs(torch.float32, device)
+    with use("reference"):
+        truth = checks.evaluate(op, checks.widened(inputs))
+        with torch.autocast(device, torch.bfloat16):
+            plain = checks.results(op, inputs)
+    leaves = checks.leaves_of(op, inputs)
+    with torch.autocast(device, torch.bfloat16):
+        found = checks.results(op, inputs)
+    with torch.autocast(device, torch.bfloat16, enabled=backward_inside):
+        grads = torch.autograd.grad(list(found.values()), list(leaves.values()), checks.upstreams(found))
+    assert {name: value.dtype for name, value in found.items()} == {n: value.dtype for n, value in plain.items()}
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    for name, value in [*found.items(), *((f"grad {k}", g) for k, g in zip(leaves, grads, strict=True))]:
+        assert float((value.double() - truth[name]).norm()) < 0.03 * float(truth[name].norm()), name
 
 
 @on_devices
