@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 
 #ifdef HYPERSD_SOURCES  // fingerprint of csrc/, which is read from the file before it is loaded
@@ -18,7 +19,7 @@ int widest() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return 2;
+    return has_amx() ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
@@ -26,7 +27,10 @@ int widest() {
 
 int initial() {
   const char* cap = std::getenv("HYPERSD_ISA");
-  const int limit = !cap ? 2 : !std::strcmp(cap, "baseline") ? 0 : !std::strcmp(cap, "avx2") ? 1 : 2;
+  const char* const names[] = {"baseline", "avx2", "avx512"};
+  int limit = 3;
+  for (int level = 0; cap && level < 3; ++level)
+    if (!std::strcmp(cap, names[level])) limit = level;
   return limit < widest() ? limit : widest();
 }
 

@@ -91,7 +91,7 @@ HYPERSD_INLINE void product_float_body(const Operands<float>& o, bool many) { pr
 HYPERSD_INLINE void product_double_body(const Operands<double>& o, bool many) { product_any(o, false); }
 HYPERSD_KERNEL(product_float, (const Operands<float>& o, bool many), (o, many))
 HYPERSD_KERNEL(product_double, (const Operands<double>& o, bool many), (o, many))
-void product(const Operands<float>& o) { product_float(o, isa() == Isa::avx512); }
+void product(const Operands<float>& o) { product_float(o, isa() >= Isa::avx512); }
 void product(const Operands<double>& o) { product_double(o, false); }
 
 // e^x for x <= 0 (Cody and Waite's reduction, a minimax polynomial of degree 6; NaN stays NaN).
@@ -350,7 +350,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale) {
   const Heads out(result);
   p.out = &out;
   const auto run = out.view.type == Type::float64                        ? forward_tasks<double>
-                   : out.view.type == Type::bfloat16 && has_bfloat16() ? forward_bfloat16
+                   : out.view.type == Type::bfloat16 && multiplies_bfloat16() ? forward_bfloat16
                                                                        : forward_tasks<float>;
   if (p.keys == 0 && out.view.numel) return torch::stable::fill_(result, 0.0);
   const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
@@ -367,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
                   "attention: the gradient does not fit the output");
   p.dout = &gradient, p.dq = &dq, p.dk = &dk, p.dv = &dv;
   const auto run = dq.view.type == Type::float64                        ? backward_tasks<double>
-                   : dq.view.type == Type::bfloat16 && has_bfloat16() ? backward_bfloat16
+                   : dq.view.type == Type::bfloat16 && multiplies_bfloat16() ? backward_bfloat16
                                                                       : backward_tasks<float>;
   if (p.keys == 0 || p.queries == 0) {
     for (Tensor& t : results) torch::stable::fill_(t, 0.0);

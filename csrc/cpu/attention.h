@@ -54,7 +54,7 @@ void unpack(const Heads& t, int64_t head, int64_t first, int64_t count, const fl
             const float* factors, float factor, float* buffer);
 
 // bfloat16 tensors on a CPU with instructions for them; elsewhere they are computed in float.
-bool has_bfloat16();
+bool multiplies_bfloat16();
 void forward_bfloat16(const Problem& p, int64_t begin, int64_t end);   // blocks of queries of one head after another
 void backward_bfloat16(const Problem& p, int64_t begin, int64_t end);  // heads
 

@@ -120,9 +120,9 @@ HYPERSD_BF16 void scale_all(float* x, int64_t count, float factor) {
 
 }  // namespace
 
-bool has_bfloat16() {
+bool multiplies_bfloat16() {
   static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has && isa() == Isa::avx512;
+  return has && isa() >= Isa::avx512;
 }
 
 HYPERSD_BF16 void forward_bfloat16(const Problem& p, int64_t begin, int64_t end) {
@@ -201,7 +201,7 @@ HYPERSD_BF16 void backward_bfloat16(const Problem& p, int64_t begin, int64_t end
 #else
 
 namespace hypersd {
-bool has_bfloat16() { return false; }
+bool multiplies_bfloat16() { return false; }
 void forward_bfloat16(const Problem&, int64_t, int64_t) {}
 void backward_bfloat16(const Problem&, int64_t, int64_t) {}
 }  // namespace hypersd

@@ -16,7 +16,7 @@
 
 namespace hypersd {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };  // amx: avx512 and the tile unit, bfloat16 alone
 
 Isa isa();                 // what kernels use now
 int set_isa(int level);    // -2: ask, -1: widest the CPU has, else at most this level; returns the level in use
@@ -36,6 +36,7 @@ int set_isa(int level);    // -2: ask, -1: widest the CPU has, else at most this
   HYPERSD_AVX512 static void NAME##_avx512 PARAMETERS { NAME##_body ARGUMENTS; } \
   static void NAME PARAMETERS {                                         \
     switch (hypersd::isa()) {                                           \
+      case hypersd::Isa::amx:                                           \
       case hypersd::Isa::avx512: NAME##_avx512 ARGUMENTS; break;        \
       case hypersd::Isa::avx2: NAME##_avx2 ARGUMENTS; break;            \
       default: NAME##_baseline ARGUMENTS;                               \

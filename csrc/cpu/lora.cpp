@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "amx.h"
 #include "kernels.h"
-#include "products.h"
 
 namespace hypersd {
 namespace {
@@ -193,11 +193,10 @@ void forward(const Shape& s, const View& x, const View& w, const std::optional<T
       }
       segments[first_tap + t] = {gathered.data() + t * kBlock, units, 4};
     }
-    if (!fold) {
-      segments[0] = {narrow_rows, narrow_units, 4};
-      multiply<E>(segments.data() + 1, taps, count, zero, packed_a, s.rank, nullptr, narrow_rows, scale);
-    }
-    multiply<E>(segments.data(), parts, count, zero, packed_w, s.out, start, out, 1.0f);
+    if (!fold) segments[0] = {narrow_rows, narrow_units, 4};
+    LeftSide<E> left(segments.data(), parts, count, zero);
+    if (!fold) left.times(packed_a, s.rank, nullptr, narrow_rows, scale, 1);
+    left.times(packed_w, s.out, start, out, 1.0f);
   });
 }
 
@@ -224,13 +223,33 @@ void store_grad(const View& out, int64_t offset, float value) {
   else reinterpret_cast<uint16_t*>(out.data)[offset] = to_bfloat16(value);
 }
 
-// out[i][j] = sum over rows m of left[m][i] right[m][j], 64 columns j from `column` on: rows in chunks, each summed on its
-// own. `left` is interleaved, [units][rank]; right_row(m) finds the rows of the right side. Ends in store(i, j, value).
+// rows (count, rank) of bfloat16 as units of the row dimension, one rank after the other: [rank][pitch], from `out` on.
+HYPERSD_BF16 void across_rows(const char* const* rows, int64_t count, int64_t rank, const char* zero, int64_t pitch,
+                              int32_t* out) {
+  const int64_t width = padded(rank), units = (count + 1) / 2;
+  std::vector<int32_t> pairs(kLanes * width);
+  alignas(64) int32_t square[kLanes * kLanes];
+  for (int64_t u = 0; u < units; u += kLanes) {
+    const int64_t left = units - u < kLanes ? units - u : kLanes;
+    interleave<BFloat16>(rows + 2 * u, count - 2 * u < 2 * left ? count - 2 * u : 2 * left, rank, 0, zero, width,
+                         pairs.data());
+    const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+    for (int64_t i = 0; i < rank; i += kLanes) {
+      transpose<Float32>(pairs.data() + i, width, kLanes, square, kLanes);
+      for (int64_t r = i; r < rank && r < i + kLanes; ++r)
+        _mm512_mask_storeu_epi32(out + r * pitch + u, mask, _mm512_load_si512(square + (r - i) * kLanes));
+    }
+  }
+}
+
+// out[i][j] = sum over rows m of left[i][m] right[m][j], 64 columns j from `column` on: rows in chunks, each summed on its
+// own. left[i] begins i * `across` units from `left` on and goes on every `step` units; right_row(m) finds the rows of the
+// right side. Ends in store(i, j, value).
 template <class E, class Rows, class Store>
-void outer(const int32_t* left, int64_t rank, int64_t rows, int64_t column, int64_t columns, const char* zero,
-           const Rows& right_row, const Store& store) {
-  constexpr int64_t chunk = 64 * E::per;
-  alignas(64) int32_t right[64 * kPanel];
+void outer(const int32_t* left, int64_t across, int64_t step, int64_t rank, int64_t rows, int64_t column,
+           int64_t columns, const char* zero, const Rows& right_row, const Store& store) {
+  constexpr int64_t units_of_chunk = 64 * E::per, chunk = units_of_chunk * E::per;
+  alignas(64) int32_t right[units_of_chunk * kPanel];
   std::vector<float> total(rank * kPanel);
   std::vector<char*> totals(rank);
   std::vector<const char*> lefts(rank);
@@ -240,9 +259,10 @@ void outer(const int32_t* left, int64_t rank, int64_t rows, int64_t column, int6
     const int64_t count = rows - m < chunk ? rows - m : chunk, units = (count + E::per - 1) / E::per;
     for (int64_t i = 0; i < count; ++i) found[i] = right_row(m + i);
     interleave<E>(found, count, columns, column, zero, padded(columns), right);
-    for (int64_t i = 0; i < rank; ++i) lefts[i] = reinterpret_cast<const char*>(left + m / E::per * rank + i);
-    const Segment segment{lefts.data(), units, 4 * rank};
-    multiply<E>(&segment, 1, rank, nullptr, right, columns, nullptr, totals.data(), 1.0f, true);
+    for (int64_t i = 0; i < rank; ++i)
+      lefts[i] = reinterpret_cast<const char*>(left + i * across + m / E::per * step);
+    const Segment segment{lefts.data(), units, 4 * step};
+    LeftSide<E>(&segment, 1, rank, nullptr).times(right, columns, nullptr, totals.data(), 1.0f, 0, true);
   }
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t j = 0; j < columns; ++j) store(i, column + j, total[i * kPanel + j]);
@@ -264,7 +284,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
   const int64_t shrink_size = packed_size<E>(&shrink, 1, s.rank);
   const int64_t narrow_size = again ? packed_size<E>(narrow.data(), taps, s.rank) : 0;
   const int64_t wide_size = dx ? packed_size<E>(wide.data(), 2 * taps, s.in) : 0;
-  const int64_t narrow_rows_size = rows * s.rank, pairs = (rows + 1) / 2 * s.rank;
+  const int64_t narrow_rows_size = rows * s.rank, pitch = (rows + 1) / 2, pairs = pitch * s.rank;
   const bool paired = da && E::per == 2;
   Scratch scratch(Scratch::room<int32_t>(shrink_size) + Scratch::room<int32_t>(narrow_size) +
                   Scratch::room<int32_t>(wide_size) + 2 * Scratch::room<int32_t>(narrow_rows_size) +
@@ -296,7 +316,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
       s_rows[i] = (kept ? const_cast<char*>(kept) : computed) + (first + i) * s.rank * item;
     }
     const Segment of_dy{left, units_of<E>(shrink), 4};
-    multiply<E>(&of_dy, 1, count, zero, packed_b, s.rank, nullptr, ds_rows, scale);
+    LeftSide<E>(&of_dy, 1, count, zero).times(packed_b, s.rank, nullptr, ds_rows, scale);
     if (again) {
       std::vector<const char*> gathered(taps * kBlock);
       std::vector<Segment> segments(taps);
@@ -307,11 +327,11 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         }
         segments[t] = {gathered.data() + t * kBlock, units_of<E>(narrow[t]), 4};
       }
-      multiply<E>(segments.data(), taps, count, zero, packed_a, s.rank, nullptr, s_rows, scale);
+      LeftSide<E>(segments.data(), taps, count, zero).times(packed_a, s.rank, nullptr, s_rows, scale);
     }
     if (paired) {
-      interleave<E>(ds_rows, count, s.rank, 0, zero, s.rank, ds_units + first / 2 * s.rank);
-      interleave<E>(s_rows, count, s.rank, 0, zero, s.rank, s_units + first / 2 * s.rank);
+      across_rows(ds_rows, count, s.rank, zero, pitch, ds_units + first / 2);
+      across_rows(s_rows, count, s.rank, zero, pitch, s_units + first / 2);
     }
   });
 
@@ -340,12 +360,13 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         segments[2 * t] = {of_ds, ds_count, 4};
         segments[2 * t + 1] = {of_dy, dy_count, 4};
       }
-      multiply<E>(segments.data(), 2 * taps, count, zero, packed_w, s.in, nullptr, out, 1.0f);
+      LeftSide<E>(segments.data(), 2 * taps, count, zero).times(packed_w, s.in, nullptr, out, 1.0f);
     });
   }
 
   if (da) {
     const int64_t panels_a = (s.in + kPanel - 1) / kPanel, panels_b = (s.out + kPanel - 1) / kPanel;
+    const int64_t across = paired ? pitch : 1, step = paired ? 1 : s.rank;
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const bool of_a = task < taps * panels_a;
@@ -354,14 +375,14 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         const int64_t columns = size - column < kPanel ? size - column : kPanel;
         if (of_a) {
           const int64_t row_stride = s.in * taps;  // da is (rank, in, kh, kw), contiguous
-          outer<E>(ds_units, s.rank, rows, column, columns, zero,
+          outer<E>(ds_units, across, step, s.rank, rows, column, columns, zero,
                    [&](int64_t m) {
                      const int64_t from = s.source(m, tap);
                      return from < 0 ? zero : x.data + from * s.in * item;
                    },
                    [&](int64_t i, int64_t j, float v) { store_grad(*da, i * row_stride + j * taps + tap, v); });
         } else {
-          outer<E>(s_units, s.rank, rows, column, columns, zero,
+          outer<E>(s_units, across, step, s.rank, rows, column, columns, zero,
                    [&](int64_t m) { return static_cast<const char*>(dy.data) + m * s.out * item; },
                    [&](int64_t i, int64_t j, float v) { store_grad(*db, j * s.rank + i, v); });
         }
@@ -412,7 +433,7 @@ Tensor nothing(Type type) {
 // The dtypes that lora_rows takes here and now, by bit: 1 float32, 2 bfloat16.
 int64_t lora_rows_dtypes() {
 #if HYPERSD_PRODUCTS
-  return isa() != Isa::avx512 ? 0 : has_bfloat16() ? 3 : 1;
+  return isa() < Isa::avx512 ? 0 : has_bfloat16() ? 3 : 1;
 #else
   return 0;
 #endif

@@ -2,7 +2,7 @@
 
 Without the first every op runs its reference on a CPU; without the second GPUs run Triton.
 
-`HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512` caps the instruction set they use;
+`HYPERSD_NATIVE=0` leaves them out; `HYPERSD_ISA=baseline|avx2|avx512|amx` caps the instruction set they use;
 `HYPERSD_NATIVE_FOLDER` names another folder to take them from, such as a build with sanitizers.
 """
 
@@ -18,7 +18,7 @@ import torch
 PACKAGE = Path(__file__).resolve().parent.parent
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 CUDA_BUILD_COMMAND = f"HYPERSD_BUILD_CUDA=1 {BUILD_COMMAND}"
-ISA_LEVELS = ("baseline", "avx2", "avx512")
+ISA_LEVELS = ("baseline", "avx2", "avx512", "amx")
 
 
 def fingerprint(folder: Path) -> str:
