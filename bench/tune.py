@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from hypersd.files import atomic_write
-from hypersd.kernels import _lora, _lora_rows
+from hypersd.kernels import _lora, _lora_rows, _native
 from hypersd.kernels._op import OPS, Case
 from hypersd.kernels._tune import CONFIGS
 
@@ -119,8 +119,8 @@ def measure(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
 
 
 def tune(op: str, dtypes: list[str], seconds: float, forward: bool = False) -> Path:
-    """Write configs/cpu/<op>.json; with `forward` only those parts anew, beside a row's others."""
-    path = CONFIGS / "cpu" / f"{op}.json"
+    """Write configs/<kind of CPU>/<op>.json; with `forward` only those parts anew, beside a row's others."""
+    path = CONFIGS / _native.cpu_kind() / f"{op}.json"
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [row for row in old if row["dtype"] not in dtypes]
     stamp = environment()

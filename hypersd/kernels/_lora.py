@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypersd.kernels import _lora_rows, _op
+from hypersd.kernels import _lora_rows, _native, _op
 from hypersd.kernels._op import Op
 from hypersd.kernels._rows import check_real
 from hypersd.kernels._tune import CONFIGS
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict[str, float]:
     """Microseconds of each part from arithmetic, traffic and the number of products."""
-    flops, bandwidth, launch = _RATES.get(device, _RATES["cuda"])
+    flops, bandwidth, launch = _RATES.get(device.split("_")[0], _RATES["cuda"])
 
     def product(p: int, q: int, inner: int, accumulate: bool = False) -> float:
         moved = p * inner + inner * q + p * q * (2 if accumulate else 1)
@@ -73,6 +73,11 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
     }
 
 
+def kind(x: Tensor) -> str:
+    """The kind of device whose measured times choose for x: cuda, cpu, cpu_amx."""
+    return _native.cpu_kind() if x.device.type == "cpu" else x.device.type
+
+
 @cache
 def _table(op: str, device: str) -> tuple[str, tuple[dict, ...]]:
     path = CONFIGS / device / f"{op}.json"
@@ -86,7 +91,7 @@ def _table(op: str, device: str) -> tuple[str, tuple[dict, ...]]:
 def _microseconds(
     op: str, m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, float], str]:
-    """Time of each part, by the nearest measured row of this op, device type and dtype, else by arithmetic."""
+    """Time of each part, by the nearest measured row of this op, kind of device and dtype, else by arithmetic."""
     name, sizes = str(dtype).removeprefix("torch."), {"M": m, "K": k, "N": n, "R": r}
 
     def away(row: dict) -> float:
@@ -108,9 +113,9 @@ def forward_form(
     In 16 bit neither fold nor accumulate: W + scale b a rounded to 16 bits loses an update below half a unit of W, and
     so does y when it is rounded before the update is added.
     """
-    if dtype in SIXTEEN_BIT:
-        return "rows" if native else "split"
     us, _ = _microseconds(op, m, k, n, r, dtype, device)
+    if dtype in SIXTEEN_BIT:
+        return "rows" if native and us.get("rows", 0.0) <= us["split"] else "split"
     forms = ["split", "accumulate", "fold"]
     if native:
         forms += ["rows"] if keep else ["rows", "rows_fold"]
@@ -141,13 +146,14 @@ def plan(
 ) -> Plan:
     """The cheapest allowed forms of a training step. Without `full` that form is not taken, rows only with `native`.
 
-    dX may fold in 16 bit: it is rounded to 16 bits anyway, and the error stays the plain expression's. There rows wins
-    wherever it can run: it takes float32 adapters as they are.
+    dX may fold in 16 bit: it is rounded to 16 bits anyway, and the error stays the plain expression's. There rows is
+    taken unless it was measured to be slower: it takes float32 adapters as they are, the others take them rounded.
     """
     us, provenance = _microseconds(op, m, k, n, r, dtype, device)
     if native:  # one choice whatever gradients are asked for: forward cannot know, and S must be of one making
         best = plan(op, m, k, n, r, dtype, device, full=full)
-        if dtype in SIXTEEN_BIT or us.get("rows", math.inf) + us.get("rows_both", math.inf) < _step_us(us, best):
+        unknown = 0.0 if dtype in SIXTEEN_BIT else math.inf
+        if us.get("rows", unknown) + us.get("rows_both", unknown) < _step_us(us, best):
             return Plan("rows", "rows", "rows", provenance)
     # float16 has no range to spare for G, a sum over all positions that dA and dB need not hold.
     gradients = ("thin", "full") if full and dtype != torch.float16 else ("thin",)
@@ -175,6 +181,11 @@ def needs_ds(input_grad: str, adapter_grad: str, need_x: bool, need_adapter: boo
 def product(p: Tensor, q: Tensor, alpha: float) -> Tensor:
     """alpha p q, without a pass for alpha."""
     return p.mm(q) if alpha == 1.0 else torch.addmm(p.new_empty(1), p, q, beta=0, alpha=alpha)
+
+
+def alike(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The adapter in x's dtype, which ATen's products ask for."""
+    return (a, b) if a.dtype == b.dtype == x.dtype else (a.to(x.dtype), b.to(x.dtype))
 
 
 def scaled(b: Tensor, scale: float, scale_tensor: Tensor | None) -> Tensor:

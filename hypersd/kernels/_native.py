@@ -82,6 +82,7 @@ def isa(force: str | None = None) -> str:
     level = -2 if force is None else -1 if force == "auto" else ISA_LEVELS.index(force)
     chosen = int(torch.ops.hypersd._native_isa(level))
     lora_dtypes.cache_clear()
+    cpu_kind.cache_clear()
     if force not in (None, "auto") and ISA_LEVELS[chosen] != force:
         raise ValueError(f"isa: this CPU has no {force}; the widest it has is {ISA_LEVELS[chosen]}")
     return ISA_LEVELS[chosen]
@@ -134,3 +135,10 @@ def lora_dtypes() -> tuple[torch.dtype, ...]:
     """What the C++ kernel of LoRA layers computes with the instructions in use: float32, bfloat16, or nothing."""
     known = int(torch.ops.hypersd._lora_rows_dtypes()) if available() else 0
     return tuple(dtype for bit, dtype in enumerate((torch.float32, torch.bfloat16)) if known >> bit & 1)
+
+
+@cache
+def cpu_kind() -> str:
+    """The folder of kernels/configs with what was measured on CPUs like this: cpu_amx where the C++ kernels use the tile
+    unit, else cpu."""
+    return "cpu_amx" if available() and isa() == "amx" else "cpu"

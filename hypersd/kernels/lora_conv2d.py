@@ -188,14 +188,14 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
     # oneDNN's fp32 weight gradient of a 3x3 kernel in (B, C, H, W) order is four times too inexact for dB
     full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _layout(x, weight) == torch.channels_last
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
-    return _lora.plan("lora_conv2d", *sizes, x.dtype, x.device.type, *needs, full=full, native=native)
+    return _lora.plan("lora_conv2d", *sizes, x.dtype, _lora.kind(x), *needs, full=full, native=native)
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
     if keep:
         return _plan(x, weight, a, stride, padding).forward
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a, backward=False)
-    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, x.device.type, False, native)
+    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, _lora.kind(x), False, native)
 
 
 def _forms(
@@ -207,6 +207,7 @@ def _forms(
     if form in _lora.NATIVE:
         y, narrow = _lora_rows.forward(x, weight, bias, a, b, scale, stride, padding, keep, form == "rows_fold")
         return y, narrow.view(y.shape[0], *y.shape[2:], a.shape[0]).permute(0, 3, 1, 2) if keep else narrow
+    a, b = _lora.alike(x, a, b)
     s = F.conv2d(x, a, None, stride, padding) if keep or form != "fold" else None
     y = forward_form(form, x, weight, bias, a, _lora.scaled(b, scale, scale_tensor), s, stride, padding)
     layout = _layout(x, weight)
@@ -233,6 +234,8 @@ def _forms_backward(
     if chosen.input_grad == "rows":
         rows = s.permute(0, 2, 3, 1).reshape(-1, a.shape[0]) if kept else s
         return _lora_rows.backward(dy, x, rows, weight, a, b, scale, stride, padding, need_x, need_adapter)
+    kinds = a.dtype, b.dtype
+    a, b = _lora.alike(x, a, b)
     bs = _lora.scaled(b, scale, scale_tensor)
     ds = None
     if _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter):
@@ -245,7 +248,7 @@ def _forms_backward(
         kept_s = s if kept else None
         da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, x, kept_s, weight, a, bs, stride, padding)
         da, db = da.contiguous(), _lora.scaled(db, scale, scale_tensor).contiguous()
-    return dx, da, db
+    return dx, da.to(kinds[0]), db.to(kinds[1])
 
 
 # ---- registration -----------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def _forms(
     form = _form(x, weight, a, keep)
     if form in _lora.NATIVE:
         return _lora_rows.forward(x, weight, bias, a, b, scale, (1, 1), (0, 0), keep, form == "rows_fold")
+    a, b = _lora.alike(x, a, b)
     if scale_tensor is not None:
         b, scale = _lora.scaled(b, scale, scale_tensor), 1.0
     s = _lora.product(rows, a.t(), scale) if keep or form != "fold" else None
@@ -146,7 +147,8 @@ def _forms_backward(
     if chosen.input_grad == "rows":
         return _lora_rows.backward(dy, x, s, weight, a, b, alpha, (1, 1), (0, 0), need_x, need_adapter)
     n, k = weight.shape
-    rows, dy = x.reshape(-1, k), dy.reshape(-1, n)
+    rows, dy, kinds = x.reshape(-1, k), dy.reshape(-1, n), (a.dtype, b.dtype)
+    a, b = _lora.alike(x, a, b)
     if scale_tensor is not None:
         b, alpha = _lora.scaled(b, alpha, scale_tensor), 1.0
     thin = _lora.needs_ds(chosen.input_grad, chosen.adapter_grad, need_x, need_adapter)
@@ -159,7 +161,7 @@ def _forms_backward(
         da, db = adapter_grad_form(chosen.adapter_grad, dy, ds, rows, kept, a, b, alpha)
         if scale_tensor is not None:
             db = _lora.scaled(db, scale, scale_tensor)
-    return dx, da, db
+    return dx, da.to(kinds[0]), db.to(kinds[1])
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def _fake_backward(
 def _plan(x: Tensor, weight: Tensor, a: Tensor, need_x: bool = True, need_adapter: bool = True) -> _lora.Plan:
     m, native = x.shape[:-1].numel(), _lora_rows.takes(x, weight, a)
     sizes = m, weight.shape[1], weight.shape[0], a.shape[0]
-    return _lora.plan("lora_linear", *sizes, x.dtype, x.device.type, need_x, need_adapter, native=native)
+    return _lora.plan("lora_linear", *sizes, x.dtype, _lora.kind(x), need_x, need_adapter, native=native)
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, keep: bool) -> str:
@@ -259,7 +261,7 @@ def _form(x: Tensor, weight: Tensor, a: Tensor, keep: bool) -> str:
         return _plan(x, weight, a).forward
     sizes = x.shape[:-1].numel(), weight.shape[1], weight.shape[0], a.shape[0]
     native = _lora_rows.takes(x, weight, a, backward=False)
-    return _lora.forward_form("lora_linear", *sizes, x.dtype, x.device.type, False, native)
+    return _lora.forward_form("lora_linear", *sizes, x.dtype, _lora.kind(x), False, native)
 
 
 def _public_plan(
