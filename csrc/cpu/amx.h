@@ -56,15 +56,22 @@ struct Chunk {
   int64_t index;         // of the left side's tiles
 };
 
-// sums (32, 32): M tiles of rows and V of columns, from `start` on (a row of columns) or from nothing.
+// Rows of float32, `stride` bytes apart.
+struct Sums {
+  float* data;
+  int64_t stride;
+  float* rows(int64_t first) const { return reinterpret_cast<float*>(reinterpret_cast<char*>(data) + first * stride); }
+};
+
+// out = start + chunks: M tiles of rows and V of columns. `start` without data is zero, with a stride of 0 one row for all.
 template <int M, int V>
 HYPERSD_AMX void sum_tiles(const char* left0, const char* left1, const Chunk* chunks, int64_t count, int64_t stride,
-                           const float* start, float* sums) {
-  if (start) {
-    _tile_loadd(0, start, 0);
-    if (V > 1) _tile_loadd(1, start + 16, 0);
-    if (M > 1) _tile_loadd(2, start, 0);
-    if (M > 1 && V > 1) _tile_loadd(3, start + 16, 0);
+                           const Sums& start, const Sums& out) {
+  if (start.data) {
+    _tile_loadd(0, start.data, start.stride);
+    if (V > 1) _tile_loadd(1, start.data + kLanes, start.stride);
+    if (M > 1) _tile_loadd(2, start.rows(kTileRows), start.stride);
+    if (M > 1 && V > 1) _tile_loadd(3, start.rows(kTileRows) + kLanes, start.stride);
   } else {
     _tile_zero(0);
     if (V > 1) _tile_zero(1);
@@ -87,10 +94,15 @@ HYPERSD_AMX void sum_tiles(const char* left0, const char* left1, const Chunk* ch
       if (M > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, 128);
-  if (V > 1) _tile_stored(1, sums + 16, 128);
-  if (M > 1) _tile_stored(2, sums + 32 * 16, 128);
-  if (M > 1 && V > 1) _tile_stored(3, sums + 32 * 16 + 16, 128);
+  _tile_stored(0, out.data, out.stride);
+  if (V > 1) _tile_stored(1, out.data + kLanes, out.stride);
+  if (M > 1) _tile_stored(2, out.rows(kTileRows), out.stride);
+  if (M > 1 && V > 1) _tile_stored(3, out.rows(kTileRows) + kLanes, out.stride);
+}
+
+// The one of these for so many rows and columns.
+inline auto sum_tiles_for(bool two_rows, bool two_columns) {
+  return two_rows ? (two_columns ? sum_tiles<2, 2> : sum_tiles<2, 1>) : two_columns ? sum_tiles<1, 2> : sum_tiles<1, 1>;
 }
 
 // Rows of a segment as tiles, up to 16 from `first` on; units that fill up the last tile are zero. Rows that are not there
@@ -155,11 +167,10 @@ class TiledRows {
         const int64_t rows = count_ - t * kTileRows < 2 * kTileRows ? count_ - t * kTileRows : 2 * kTileRows;
         for (int64_t half = 0; half < width; half += 32) {
           const int64_t some = width - half < 32 ? width - half : 32;
-          const auto sum = both ? (some > kLanes ? sum_tiles<2, 2> : sum_tiles<2, 1>)
-                                : (some > kLanes ? sum_tiles<1, 2> : sum_tiles<1, 1>);
           for (int64_t n = 0; half && n < kept; ++n) m_.chunks[n].right += 32;
-          sum(left, left + m_.first[parts_] * kTileBytes, m_.chunks.data(), kept, 4 * lanes,
-              start ? start + c + half : nullptr, sums);
+          const Sums from_here{start ? const_cast<float*>(start) + c + half : nullptr, 0};
+          sum_tiles_for(both, some > kLanes)(left, left + m_.first[parts_] * kTileBytes, m_.chunks.data(), kept,
+                                             4 * lanes, from_here, {sums, 4 * 32});
           for (int64_t i = 0; i < rows; ++i)
             store_row(sums + 32 * i, out[t * kTileRows + i], c + half, some, scale, add);
         }

@@ -257,15 +257,15 @@ using hypersd::unpack;
 template <class C>
 void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Lanes<C>::count;
-  const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes), blocks = (p.queries + kBlock - 1) / kBlock;
-  Scratch<C> scratch(2 * p.keys * ld + p.dim * width + kBlock * (2 * ld + width) + ld + 8 * lanes);
+  const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes), blocks = (p.queries + kQueries - 1) / kQueries;
+  Scratch<C> scratch(2 * p.keys * ld + p.dim * width + kQueries * (2 * ld + width) + ld + 8 * lanes);
   C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *v = scratch.take(p.keys * ld);
-  C *q = scratch.take(kBlock * ld), *s = scratch.take(kBlock * width), *o = scratch.take(kBlock * ld);
-  C *buffer = scratch.take(ld), norm[kBlock];
+  C *q = scratch.take(kQueries * ld), *s = scratch.take(kQueries * width), *o = scratch.take(kQueries * ld);
+  C *buffer = scratch.take(ld), norm[kQueries];
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / blocks, first = task % blocks * kBlock;
-    const int64_t rows = p.queries - first < kBlock ? p.queries - first : kBlock;
+    const int64_t head = task / blocks, first = task % blocks * kQueries;
+    const int64_t rows = p.queries - first < kQueries ? p.queries - first : kQueries;
     if (head != packed) {
       pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
       pack(p.v, head, 0, p.keys, C(1), v, ld, nullptr, 0, buffer);
@@ -283,16 +283,16 @@ template <class C>
 void backward_tasks(const Problem& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Lanes<C>::count;
   const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes);
-  Scratch<C> scratch(4 * p.keys * ld + 2 * p.dim * width + kBlock * (3 * ld + 2 * width) + ld + 16 * lanes);
+  Scratch<C> scratch(4 * p.keys * ld + 2 * p.dim * width + kQueries * (3 * ld + 2 * width) + ld + 16 * lanes);
   C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *dk = scratch.take(p.keys * ld);
   C *vt = scratch.take(p.dim * width), *v = scratch.take(p.keys * ld), *dv = scratch.take(p.keys * ld);
-  C *q = scratch.take(kBlock * ld), *dout = scratch.take(kBlock * ld), *dq = scratch.take(kBlock * ld);
-  C *s = scratch.take(kBlock * width), *ds = scratch.take(kBlock * width), *buffer = scratch.take(ld);
+  C *q = scratch.take(kQueries * ld), *dout = scratch.take(kQueries * ld), *dq = scratch.take(kQueries * ld);
+  C *s = scratch.take(kQueries * width), *ds = scratch.take(kQueries * width), *buffer = scratch.take(ld);
   for (int64_t head = begin; head < end; ++head) {
     pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
     pack(p.v, head, 0, p.keys, C(1), v, ld, vt, width, buffer);
-    for (int64_t first = 0; first < p.queries; first += kBlock) {
-      const int64_t rows = p.queries - first < kBlock ? p.queries - first : kBlock;
+    for (int64_t first = 0; first < p.queries; first += kQueries) {
+      const int64_t rows = p.queries - first < kQueries ? p.queries - first : kQueries;
       pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, nullptr, 0, buffer);
       pack(*p.dout, head, first, rows, C(1), dout, ld, nullptr, 0, buffer);
       product(Operands<C>{q, ld, 1, kt, width, s, width, rows, width, p.dim, false});
@@ -353,7 +353,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale) {
                    : out.view.type == Type::bfloat16 && multiplies_bfloat16() ? forward_bfloat16
                                                                        : forward_tasks<float>;
   if (p.keys == 0 && out.view.numel) return torch::stable::fill_(result, 0.0);
-  const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
+  const int64_t blocks = (p.queries + kQueries - 1) / kQueries;
   over_tasks(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) { run(p, begin, end); });
   return result;
 }

@@ -7,7 +7,7 @@
 
 namespace hypersd {
 
-constexpr int64_t kBlock = 48;  // queries at a time: a multiple of the rows of a product
+constexpr int64_t kQueries = 48;  // queries at a time: a multiple of the rows of a product
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

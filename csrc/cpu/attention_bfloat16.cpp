@@ -3,12 +3,16 @@
 // dS are rounded to bfloat16 between two products, as the plain expression in bfloat16 rounds them.
 #include "attention.h"
 
+#include <optional>
+#include <vector>
+
+#include "amx.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
 #endif
 #include <immintrin.h>
-#define HYPERSD_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 #define HYPERSD_BF16_INLINE inline __attribute__((always_inline)) HYPERSD_BF16
 
 namespace hypersd {
@@ -60,7 +64,75 @@ HYPERSD_BF16_INLINE void columns(const Words& o, int64_t column) {
   }
 }
 
+#if HYPERSD_TILES
+// The same by the tile unit. Where a is read across (a_row is 1), whole vectors of rows can be read.
+HYPERSD_AMX void product_tiles(const Words& o) {
+  static thread_local std::vector<char> left;
+  static thread_local std::vector<int32_t> end;  // the last, incomplete tile of b
+  static thread_local std::vector<Chunk> chunks;
+  const int64_t tiles = (o.rows + kTileRows - 1) / kTileRows, number = (o.inner + 15) / 16, rest = o.inner % 16;
+  if (const int64_t size = tiles * number * kTileBytes; static_cast<int64_t>(left.size()) < size) left.resize(size);
+  chunks.resize(number);
+  if (rest) {
+    end.assign(16 * o.n, 0);
+    for (int64_t i = 0; i < rest; ++i) std::memcpy(end.data() + i * o.n, o.b + ((number - 1) * 16 + i) * o.ldb, 4 * o.n);
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t rows = o.rows - t * kTileRows < kTileRows ? o.rows - t * kTileRows : kTileRows;
+    for (int64_t c = 0; c < number; ++c) {
+      const int64_t units = o.inner - 16 * c < 16 ? o.inner - 16 * c : 16;
+      int32_t* const to = reinterpret_cast<int32_t*>(left.data() + (t * number + c) * kTileBytes);
+      if (o.a_inner == 1) {
+        const __mmask16 mask = static_cast<__mmask16>((1u << units) - 1);
+        for (int64_t i = 0; i < rows; ++i)
+          _mm512_storeu_si512(to + 16 * i,
+                              _mm512_maskz_loadu_epi32(mask, o.a + (t * kTileRows + i) * o.a_row + 16 * c));
+      } else {
+        transpose<Float32>(reinterpret_cast<const int32_t*>(o.a) + t * kTileRows + 16 * c * o.a_inner, o.a_inner, units,
+                           to, 16);
+      }
+    }
+  }
+  alignas(64) float sums[32 * 32];
+  for (int64_t column = 0; column < o.n; column += 32) {
+    const bool wide = o.n - column > 16;
+    for (int64_t t = 0; t < tiles; t += 2) {
+      const int64_t rows = o.rows - t * kTileRows < 32 ? o.rows - t * kTileRows : 32;
+      const char* const from = left.data() + t * number * kTileBytes;
+      for (int64_t c = 0; c < number; ++c)  // every chunk has the stride of the whole ones but the last
+        chunks[c] = {reinterpret_cast<const int32_t*>(o.b) + 16 * c * o.ldb + column, c};
+      const Sums target{o.c + t * kTileRows * o.ldc + column, 4 * o.ldc}, buffer{sums, 4 * 32};
+      const bool whole = rows == 32 || rows == 16;
+      const Sums& out = whole ? target : buffer;
+      for (int64_t i = 0; i < rows && o.accumulate && !whole; ++i)
+        std::memcpy(buffer.rows(i), target.rows(i), wide ? 128 : 64);
+      const auto sum = sum_tiles_for(rows > 16, wide);
+      sum(from, from + number * kTileBytes, chunks.data(), number - (rest > 0), 4 * o.ldb,
+          o.accumulate ? out : Sums{nullptr, 0}, out);
+      if (rest) {
+        const Chunk last{end.data() + column, number - 1};
+        sum(from, from + number * kTileBytes, &last, 1, 4 * o.n, out, out);
+      }
+      for (int64_t i = 0; i < rows && !whole; ++i) std::memcpy(target.rows(i), buffer.rows(i), wide ? 128 : 64);
+    }
+  }
+}
+#endif
+
+// The tile unit is set up for the products of a scope, where it is used.
+struct TileScope {
+#if HYPERSD_TILES
+  std::optional<Tiles> tiles;
+  TileScope() {
+    if (isa() == Isa::amx) tiles.emplace();
+  }
+#endif
+};
+
 HYPERSD_BF16 void product(const Words& o) {
+#if HYPERSD_TILES
+  if (isa() == Isa::amx) return product_tiles(o);
+#endif
   int64_t column = 0;
   for (; column + 32 <= o.n; column += 32) columns<2>(o, column);
   for (; column < o.n; column += 16) columns<1>(o, column);
@@ -126,17 +198,18 @@ bool multiplies_bfloat16() {
 }
 
 HYPERSD_BF16 void forward_bfloat16(const Problem& p, int64_t begin, int64_t end) {
+  const TileScope configured;
   const int64_t width = padded(p.keys, 16), ld = padded(p.dim, 16) / 2, even = padded(p.keys, 2);
-  const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
-  Scratch<uint32_t> words(ld * width + even * ld * 2 + kBlock * (ld + width / 2) + 128);
-  Scratch<float> floats(kBlock * (width + 2 * ld) + 2 * ld + 128);
+  const int64_t blocks = (p.queries + kQueries - 1) / kQueries;
+  Scratch<uint32_t> words(ld * width + even * ld * 2 + kQueries * (ld + width / 2) + 128);
+  Scratch<float> floats(kQueries * (width + 2 * ld) + 2 * ld + 128);
   uint32_t *kt = words.take(ld * width), *rows = words.take(even * ld), *v = words.take(even * ld);
-  uint32_t *q = words.take(kBlock * ld), *prob = words.take(kBlock * width / 2);
-  float *s = floats.take(kBlock * width), *o = floats.take(kBlock * 2 * ld), *buffer = floats.take(2 * ld), norm[kBlock];
+  uint32_t *q = words.take(kQueries * ld), *prob = words.take(kQueries * width / 2);
+  float *s = floats.take(kQueries * width), *o = floats.take(kQueries * 2 * ld), *buffer = floats.take(2 * ld), norm[kQueries];
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / blocks, first = task % blocks * kBlock;
-    const int64_t count = p.queries - first < kBlock ? p.queries - first : kBlock;
+    const int64_t head = task / blocks, first = task % blocks * kQueries;
+    const int64_t count = p.queries - first < kQueries ? p.queries - first : kQueries;
     if (head != packed) {
       pack(p.k, head, 0, p.keys, rows, ld);
       across(rows, p.keys, ld, kt, width);
@@ -155,17 +228,18 @@ HYPERSD_BF16 void forward_bfloat16(const Problem& p, int64_t begin, int64_t end)
 }
 
 HYPERSD_BF16 void backward_bfloat16(const Problem& p, int64_t begin, int64_t end) {
+  const TileScope configured;
   const int64_t width = padded(p.keys, 16), ld = padded(p.dim, 16) / 2, even = padded(p.keys, 2);
   const float scale = static_cast<float>(p.scale);
-  Scratch<uint32_t> words(2 * ld * width + 2 * even * ld + kBlock * (4 * ld + 2 * width) + 256);
-  Scratch<float> floats(kBlock * (2 * width + 2 * ld) + 4 * p.keys * ld + 2 * ld + 256);
+  Scratch<uint32_t> words(2 * ld * width + 2 * even * ld + kQueries * (4 * ld + 2 * width) + 256);
+  Scratch<float> floats(kQueries * (2 * width + 2 * ld) + 4 * p.keys * ld + 2 * ld + 256);
   uint32_t *kt = words.take(ld * width), *vt = words.take(ld * width);
   uint32_t *rows = words.take(even * ld), *k = words.take(even * ld);
-  uint32_t *q = words.take(kBlock * ld), *q2 = words.take(kBlock * ld);
-  uint32_t *dout = words.take(kBlock * ld), *dout2 = words.take(kBlock * ld);
-  uint32_t *prob = words.take(kBlock * width / 2), *slope = words.take(kBlock * width / 2);
-  uint32_t* slope2 = words.take(kBlock * width / 2);
-  float *s = floats.take(kBlock * width), *ds = floats.take(kBlock * width), *dq = floats.take(kBlock * 2 * ld);
+  uint32_t *q = words.take(kQueries * ld), *q2 = words.take(kQueries * ld);
+  uint32_t *dout = words.take(kQueries * ld), *dout2 = words.take(kQueries * ld);
+  uint32_t *prob = words.take(kQueries * width / 2), *slope = words.take(kQueries * width / 2);
+  uint32_t* slope2 = words.take(kQueries * width / 2);
+  float *s = floats.take(kQueries * width), *ds = floats.take(kQueries * width), *dq = floats.take(kQueries * 2 * ld);
   float *dk = floats.take(p.keys * 2 * ld), *dv = floats.take(p.keys * 2 * ld), *buffer = floats.take(2 * ld);
   for (int64_t head = begin; head < end; ++head) {
     pack(p.v, head, 0, p.keys, rows, ld);
@@ -173,8 +247,8 @@ HYPERSD_BF16 void backward_bfloat16(const Problem& p, int64_t begin, int64_t end
     pack(p.k, head, 0, p.keys, rows, ld);
     across(rows, p.keys, ld, kt, width);
     pairs(rows, p.keys, ld, k);
-    for (int64_t first = 0; first < p.queries; first += kBlock) {
-      const int64_t count = p.queries - first < kBlock ? p.queries - first : kBlock, half = (count + 1) / 2;
+    for (int64_t first = 0; first < p.queries; first += kQueries) {
+      const int64_t count = p.queries - first < kQueries ? p.queries - first : kQueries, half = (count + 1) / 2;
       pack(p.q, head, first, count, q, ld);
       pack(*p.dout, head, first, count, dout, ld);
       product({q, ld, 1, kt, width, s, width, count, width, ld, false});

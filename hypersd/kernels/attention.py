@@ -6,7 +6,7 @@
  bytes     q, k, v read, out written; backward reads q, dO, k, v twice and writes dQ, dK, dV
 
 On a GPU _attention.py takes keys that fit one tile, more go to torch's attention (`explain` says when and why). On a
-CPU csrc/cpu/attention.cpp takes any number of keys.
+CPU csrc/cpu/attention.cpp takes any number of keys, but many go to torch where there is a tile unit (AMX).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from hypersd.kernels._rows import check_real, check_strided
 # queries times keys up to which, without C++, plain products beat torch's kernel: in backward above all
 SHORT = 256 * 80
 NATIVE = _native.available()
+# keys from which torch's kernel is faster on a CPU with a tile unit: it never holds a whole row of scores
+LONG = 1024
 
 
 def _case(name: str, b: int, h: int, tq: int, tk: int, d: int, *, bench: bool = True) -> Case:
@@ -166,6 +168,8 @@ def elsewhere(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> st
         return ""
     if kind != "cpu":
         return f"no kernel here for device type {kind}"
+    if NATIVE and keys >= LONG and _native.cpu_kind() == "cpu_amx":
+        return f"{LONG} keys and more are torch's on a CPU with a tile unit"
     if NATIVE or q.shape[2] * keys <= SHORT:
         return ""
     return f"no C++ kernel, and more than {SHORT} queries times keys"
