@@ -17,15 +17,18 @@ from hypersd.kernels._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-ROWS = ROOT / "bench/results/epyc-2-threads"
+RESULTS = ROOT / "bench/results"
+# the section of the page, the folder of its rows
+MACHINES = {"Operators on two cores": "epyc-2-threads", "Operators on two cores with AMX": "xeon-amx-2-threads"}
 LINE = re.compile(r"^\| `(\w+)` \| ([a-zA-Z()]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.–]+) \| ([\d.–]+) \|$", re.MULTILINE)
-FACTS = LINE.findall((ROOT / "docs/measured_facts.md").read_text("utf-8"))
+SECTIONS = dict(part.split("\n", 1) for part in (ROOT / "docs/measured_facts.md").read_text("utf-8").split("\n## ")[1:])
+FACTS = [(folder, *fact) for title, folder in MACHINES.items() for fact in LINE.findall(SECTIONS[title])]
 
 
-@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: f"{fact[0]}-{fact[1]}")
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: "-".join(fact[:3]))
 def test_figures_of_the_operators_are_those_of_the_rows(fact):
-    op, peer, *figures = fact
-    rows = [json.loads(line) for line in (ROWS / f"{op}.jsonl").read_text("utf-8").splitlines()]
+    folder, op, peer, *figures = fact
+    rows = [json.loads(line) for line in (RESULTS / folder / f"{op}.jsonl").read_text("utf-8").splitlines()]
     found = []
     for mode in ("fwd", "full"):
         ratios = [r["over_ours"] for r in rows if r["provider"] == peer and r["mode"] == mode and r["over_ours"]]
@@ -33,9 +36,11 @@ def test_figures_of_the_operators_are_those_of_the_rows(fact):
     assert found == figures
 
 
-def test_every_measured_operator_has_its_line():
-    measured = {path.stem for path in ROWS.glob("*.jsonl")} & set(OPS)
-    assert measured == {fact[0] for fact in FACTS} and len(FACTS) >= 14
+@pytest.mark.parametrize("folder", MACHINES.values())
+def test_every_measured_operator_has_its_line(folder):
+    measured = {path.stem for path in (RESULTS / folder).glob("*.jsonl")} & set(OPS)
+    assert measured == {op for machine, op, *_ in FACTS if machine == folder}
+    assert len(FACTS) >= 14
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)

@@ -139,6 +139,5 @@ def lora_dtypes() -> tuple[torch.dtype, ...]:
 
 @cache
 def cpu_kind() -> str:
-    """The folder of kernels/configs with what was measured on CPUs like this: cpu_amx where the C++ kernels use the tile
-    unit, else cpu."""
+    """Folder of kernels/configs for CPUs like this: cpu_amx where the C++ kernels use a tile unit, else cpu."""
     return "cpu_amx" if available() and isa() == "amx" else "cpu"

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/sanitize"
 TESTS = (
-    "test_error_at_most_twice_eagers and cpu and (baseline or avx)",
+    "test_error_at_most_twice_eagers and cpu and (baseline or avx or amx)",
     "test_any_memory_order or test_strided_and_expanded or test_random_views or test_bad_arguments",
 )
 FILES = ("test_ops.py", "test_random_inputs.py", "test_bad_input.py")

@@ -97,7 +97,12 @@ def test_explain_names_where_it_runs(monkeypatch):
     with use("reference"):
         assert explain(attention, **many).implementation == "reference"
     monkeypatch.setattr(op_file, "NATIVE", True)
+    monkeypatch.setattr(op_file._native, "cpu_kind", lambda: "cpu")
     assert explain(attention, **many).implementation != "torch"
+    monkeypatch.setattr(op_file._native, "cpu_kind", lambda: "cpu_amx")
+    said = explain(attention, **many)
+    assert said.implementation == "torch" and "tile unit" in said.why
+    assert explain(attention, **few).implementation != "torch"
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 48, 64, 80, 96, 100, 120, 128, 160])

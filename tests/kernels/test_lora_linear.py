@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hypersd.kernels import _lora, _lora_rows, _tune, explain, lora_linear, use
+from hypersd.kernels import _lora, _lora_rows, _native, _tune, explain, lora_linear, use
 from tests.kernels import checks
 
 op_file = importlib.import_module("hypersd.kernels.lora_linear")
@@ -197,18 +197,20 @@ def test_a_float32_adapter_is_not_rounded_on_the_way():
 @pytest.mark.parametrize("k", [18, 300])
 def test_any_size_fills_whole_tiles(rows, k, rank, monkeypatch):
     """Rows, columns, ranks and sums around the sizes of tiles, panels and blocks; forward (folded too), backward."""
-    if torch.float32 not in _lora_rows._native.lora_dtypes():
-        pytest.skip("this CPU has no such kernel")
     inputs = layer(rows, k=k, n=70, r=rank, dtype=torch.float32)
+    if not _lora_rows.takes(inputs["x"], inputs["weight"], inputs["a"]):
+        pytest.skip("this CPU has no such kernel")
     wide = {name: t.double() for name, t in inputs.items()}
-    for found, exact in zip(gradients(inputs), gradients(wide), strict=True):
-        assert float((found - exact).norm() / exact.norm()) < 5e-7
+    exact = gradients(wide)
+    monkeypatch.setattr(_lora, "plan", lambda *args, **options: _lora.Plan("rows", "rows", "rows", "asked for"))
+    for found, wanted in zip(gradients(inputs), exact, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 5e-7
     monkeypatch.setattr(_lora, "forward_form", lambda *args: "rows_fold")
     with torch.no_grad():
         found = lora_linear(**inputs, scale=torch.tensor(0.7))
-        exact = op_file.reference(*wide.values(), 0.7, None)
+        wanted = op_file.reference(*wide.values(), 0.7, None)
         assert "y by rows_fold" in str(explain(lora_linear, **inputs, scale=0.7))
-    assert float((found - exact).norm() / exact.norm()) < 5e-7
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -276,6 +278,58 @@ def test_plan_takes_the_cheapest_measured_form(monkeypatch):
             cached.cache_clear()
 
 
+@pytest.fixture
+def table(monkeypatch):
+    """Sets what was measured of every layer of 8 to 16 rows, 24 inputs, 40 outputs and rank 6, in bfloat16."""
+
+    def measured(**us):
+        times = dict.fromkeys(("split", "accumulate", "fold", "dx_split", "dx_accumulate", "dx_fold"), 4)
+        times |= {"shrink": 1, "ds": 1, "thin": 1, "full": 5} | us
+        row = {"dtype": "bfloat16", "sizes": {"M": 8, "K": 24, "N": 40, "R": 6}, "us": times}
+        monkeypatch.setattr(_lora, "_table", lambda op, device: ("measured", (row,)))
+        forget()
+
+    def forget():
+        for cached in (_lora._microseconds, _lora.forward_form, _lora.plan):
+            cached.cache_clear()
+
+    yield measured
+    forget()
+
+
+def test_16_bit_goes_to_the_product_of_rows_unless_it_was_measured_to_be_slower(table):
+    sizes = (8, 24, 40, 6, torch.bfloat16, "cpu")
+    for us, form in (({}, "rows"), ({"rows": 3, "rows_both": 3}, "rows"), ({"rows": 5, "rows_both": 9}, "split")):
+        table(**us)
+        assert _lora.plan("t", *sizes, native=True).forward == form
+        assert _lora.forward_form("t", *sizes, False, True) == form
+
+
+def test_float32_adapters_of_16_bit_layers_whatever_computes_them(table):
+    table(rows=100, rows_both=100)
+    inputs = layer(8, dtype=torch.bfloat16)
+    mixed = inputs | {name: inputs[name].float() for name in "ab"}
+    found = []
+    for given in (inputs, mixed):
+        leaves = [given[name].requires_grad_() for name in ("x", "a", "b")]
+        y = lora_linear(**given, scale=0.7)
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
+        found.append([y, *grads])
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(*found, strict=True))
+    assert "y by split" in str(explain(lora_linear, **mixed, scale=0.7))
+
+
+def test_what_was_measured_belongs_to_the_kind_of_cpu(monkeypatch):
+    chosen = {}
+    for kind in ("cpu", "cpu_amx"):
+        monkeypatch.setattr(_native, "cpu_kind", lambda kind=kind: kind)
+        assert _lora.kind(torch.zeros(1)) == kind and _lora.kind(torch.zeros(1, device="meta")) == "meta"
+        chosen[kind] = _lora.plan("lora_linear", 256, 1280, 1280, 64, torch.float32, _lora.kind(torch.zeros(1)))
+    assert "row 256x1280x1280x64" in chosen["cpu"].provenance and "row 256x1280x1280x64" in chosen["cpu_amx"].provenance
+    assert chosen["cpu"].provenance != chosen["cpu_amx"].provenance
+
+
 @pytest.mark.parametrize("sizes", [(4096, 320, 2560, 64), (64, 64, 64, 4), (8, 2048, 2048, 128)])
 def test_16_bit_rules(sizes):
     for dtype in (torch.bfloat16, torch.float16):
@@ -287,7 +341,7 @@ def test_explain_shows_the_forms(monkeypatch):
     case = next(c for c in op_file.CASES if c.name == "sd15_4096x320x320").inputs()
     monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
     said = str(explain(lora_linear, **case))
-    chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, "cpu")
+    chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, _lora.kind(case["x"]))
     assert "lora_linear on cpu: aten" in said
     assert f"y by {chosen.forward}, dX by {chosen.input_grad}, dA and dB by {chosen.adapter_grad}" in said
     assert "row 4096x320x320x64" in said
@@ -306,9 +360,10 @@ def test_float32_of_a_gpu_goes_to_aten(dtype, implementation):
     assert ("float32" in said.why) is (implementation == "aten") and said.config is not None
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cpu_amx"])
 @pytest.mark.parametrize("op", ["lora_linear", "lora_conv2d"])
-def test_rows_of_the_shipped_table_have_every_part(op):
-    _, rows = _lora._table(op, "cpu")
+def test_rows_of_the_shipped_table_have_every_part(op, kind):
+    _, rows = _lora._table(op, kind)
     forms = ("split", "accumulate", "fold")
     needed = {"ds", "shrink", "thin", "full", *forms, *(f"dx_{form}" for form in forms)}
     assert len(rows) >= 39 and not [row["sizes"] for row in rows if needed - set(row["us"])]
