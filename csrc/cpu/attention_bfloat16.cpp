@@ -153,10 +153,13 @@ HYPERSD_BF16 void pack(const Heads& t, int64_t head, int64_t first, int64_t coun
 
 // Rows (count, ld words) to words (ld, width): pairs along the head dimension, one column a token, zeros behind.
 HYPERSD_BF16 void across(const uint32_t* rows, int64_t count, int64_t ld, uint32_t* out, int64_t width) {
-  for (int64_t w = 0; w < ld; ++w) {
-    for (int64_t i = 0; i < count; ++i) out[w * width + i] = rows[i * ld + w];
-    for (int64_t i = count; i < width; ++i) out[w * width + i] = 0;
-  }
+  alignas(64) int32_t square[16 * 16];  // a row is read up to 15 words too far: there is memory behind the last
+  for (int64_t w = 0; w < ld; w += 16)
+    for (int64_t i = 0; i < width; i += 16) {
+      transpose<Float32>(reinterpret_cast<const int32_t*>(rows) + i * ld + w, ld, count - i, square, 16);
+      for (int64_t r = 0; r < 16 && w + r < ld; ++r)
+        _mm512_storeu_si512(out + (w + r) * width + i, _mm512_load_si512(square + 16 * r));
+    }
 }
 
 // Rows to words (pairs of rows, 2 ld columns): pairs along the tokens.
