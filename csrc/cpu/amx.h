@@ -7,7 +7,7 @@
 
 #include "products.h"
 
-#if HYPERSD_PRODUCTS && defined(__linux__)
+#if HYPERSD_PRODUCTS && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HYPERSD_TILES 1
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -180,12 +180,12 @@ class TiledRows {
 
  private:
   struct Memory {
-    std::vector<char> tiles;    // [tile of rows][chunk] of kTileBytes
+    std::vector<char> tiles;     // [tile of rows][chunk] of kTileBytes
     std::vector<int64_t> first;  // each segment's first chunk, and how many there are
-    std::vector<char> copied;   // by segment
-    std::vector<char> present;  // [tile of rows][segment]: 0 where all rows are zero and nothing was copied
-    std::vector<Chunk> chunks;  // of one panel
-    std::vector<int32_t> ends;  // each segment's last, incomplete tile of a panel
+    std::vector<char> copied;    // by segment
+    std::vector<char> present;   // [tile of rows][segment]: 0 where all rows are zero and nothing was copied
+    std::vector<Chunk> chunks;   // of one panel
+    std::vector<int32_t> ends;   // each segment's last, incomplete tile of a panel
   };
   static Memory& memory() {
     static thread_local Memory kept;

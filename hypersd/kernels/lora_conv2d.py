@@ -185,8 +185,8 @@ def adapter_grad_form(
 
 
 def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], *needs: bool) -> _lora.Plan:
-    # oneDNN's fp32 weight gradient of a 3x3 kernel in (B, C, H, W) order is four times too inexact for dB
-    full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _layout(x, weight) == torch.channels_last
+    # oneDNN's fp32 weight gradient of a 3x3 kernel with x in (B, C, H, W) order is up to four times too inexact for dB
+    full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _lora_rows.is_last(x)
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
     return _lora.plan("lora_conv2d", *sizes, x.dtype, _lora.kind(x), *needs, full=full, native=native)
 
