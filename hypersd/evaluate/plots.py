@@ -169,8 +169,17 @@ def comparison(
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
             axes.set_xlabel("sampling steps")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=7)
+        figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels, figure.get_figwidth()))
     return buffer.getvalue()
+
+
+def _legend_columns(labels: Sequence[str], width: float, most: int = 7) -> int:
+    """As many as fit into `width` inches: 0.08 for a letter of the longest label of each, 0.6 for its line."""
+
+    def needed(columns: int) -> float:
+        return sum(0.08 * max(map(len, part), default=0) + 0.6 for part in np.array_split(np.array(labels), columns))
+
+    return next((n for n in range(min(most, len(labels)), 1, -1) if needed(n) <= width), 1)
 
 
 def _line(axes: Any, label: str, values: Mapping[int, Sequence[float]], colour: str, **options: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hypersd.evaluate import plots
 from hypersd.evaluate.plots import CAPTION, CELL, GAP, HEADER, grid, smooth
 from hypersd.evaluate.report import finite, metrics_document, write_report
 from hypersd.evaluate.run import Evaluation
@@ -104,3 +105,10 @@ def test_grid_places_each_picture_under_its_column(evaluation, metrics):
 def test_smooth_keeps_length_and_mean_of_a_line():
     assert smooth([1, 2, 3, 4, 5], 3).tolist() == [1.5, 2, 3, 4, 4.5]
     assert smooth([7.0], 9).tolist() == [7.0]
+
+
+def test_a_legend_takes_as_many_columns_as_fit():
+    short, long = ["tcd"] * 5, ["a name of so many letters that it needs a line"] * 4
+    assert plots._legend_columns(short, 11.0) == 5 and plots._legend_columns(["tcd"] * 30, 11.0) == 7
+    assert plots._legend_columns(long, 11.0) == 2 and plots._legend_columns(long, 2.0) == 1
+    assert plots._legend_columns([], 11.0) == 1
