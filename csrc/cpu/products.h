@@ -42,7 +42,7 @@ inline bool has_bfloat16() {
 
 constexpr int64_t kLanes = 16, kPanel = 4 * kLanes;  // columns of a vector, of a panel
 constexpr int64_t kGroup = 6, kBlock = 16 * kGroup;  // rows of a tile, of a task
-constexpr int64_t kSum = 128;  // units added up before they join the total: one long float32 sum loses digits
+constexpr int64_t kSum = 128;  // units summed on their own: one long float32 sum loses digits, a longer panel the first cache
 
 struct Segment {
   const char* const* rows;  // of the left side
@@ -62,57 +62,65 @@ HYPERSD_BF16 HYPERSD_INLINE __m512 multiply_add(__m512 sum, __m512i left, __m512
   return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
 }
 
-// One tile: M rows from `first` on, V vectors of columns. Segments whose rows are all `zero` are skipped.
+// One stretch of the inner dimension: units [from, to) of all segments, the first that begins the sum or the last that ends it.
+struct Stretch {
+  int64_t from, to;
+  bool begins, ends;
+};
+
+// One tile: M rows from `first` on, V vectors of columns, over one stretch, which is summed on its own; `total` has the sum of
+// those before. Segments whose rows are all `zero` are skipped.
 template <class E, int M, int V>
-HYPERSD_BF16 void tile(const Segment* segments, int64_t count, int64_t first, const char* zero, const int32_t* panel,
-                       const float* start, const Target& target) {
+HYPERSD_BF16 void tile(const Segment* segments, int64_t count, int64_t first, const Stretch& stretch, const char* zero,
+                       const int32_t* panel, const float* start, float* total, const Target& target) {
   __m512 sum[M][V];
-  float total[M][V * kLanes];
-  int64_t since = 0;
-  bool split = false;
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) sum[i][j] = start ? _mm512_loadu_ps(start + kLanes * j) : _mm512_setzero_ps();
-  for (int64_t s = 0; s < count; ++s) {
+    for (int j = 0; j < V; ++j)
+      sum[i][j] = stretch.begins && start ? _mm512_loadu_ps(start + kLanes * j) : _mm512_setzero_ps();
+  int64_t before = 0;
+  for (int64_t s = 0; s < count && before < stretch.to; before += segments[s++].units) {
     const Segment& segment = segments[s];
+    const int64_t low = stretch.from > before ? stretch.from - before : 0;
+    const int64_t high = stretch.to - before < segment.units ? stretch.to - before : segment.units;
+    if (low >= high) continue;
     const char* row[M];
     bool any = false;
+    const int64_t step = segment.step;
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      row[i] = segment.rows[first + i];
-      any |= row[i] != zero;
+      const char* const from = segment.rows[first + i];
+      any |= from != zero;
+      row[i] = from + low * step;
     }
-    const int64_t units = segment.units, step = segment.step;
-    if (any) {
-      const int32_t* right = panel;
-      int64_t at = 0;
-      for (int64_t u = 0; u < units; ++u, at += step, right += kLanes * V) {
-        if (E::per == 1 && since++ == kSum) {
+    if (!any) continue;
+    const int32_t* right = panel + (before + low) * kLanes * V;
+    int64_t at = 0;
+    for (int64_t u = low; u < high; ++u, at += step, right += kLanes * V) {
+      __m512i b[V];
 #pragma GCC unroll 8
-          for (int i = 0; i < M; ++i)
+      for (int j = 0; j < V; ++j) b[j] = _mm512_loadu_si512(right + kLanes * j);
 #pragma GCC unroll 8
-            for (int j = 0; j < V; ++j) {
-              float* const t = total[i] + kLanes * j;
-              _mm512_storeu_ps(t, split ? _mm512_add_ps(_mm512_loadu_ps(t), sum[i][j]) : sum[i][j]);
-              sum[i][j] = _mm512_setzero_ps();
-            }
-          since = 1, split = true;
-        }
-        __m512i b[V];
+      for (int i = 0; i < M; ++i) {
+        int32_t unit;
+        std::memcpy(&unit, row[i] + at, 4);
+        const __m512i a = _mm512_set1_epi32(unit);
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) b[j] = _mm512_loadu_si512(right + kLanes * j);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-          int32_t unit;
-          std::memcpy(&unit, row[i] + at, 4);
-          const __m512i a = _mm512_set1_epi32(unit);
-#pragma GCC unroll 8
-          for (int j = 0; j < V; ++j) sum[i][j] = multiply_add<E>(sum[i][j], a, b[j]);
-        }
+        for (int j = 0; j < V; ++j) sum[i][j] = multiply_add<E>(sum[i][j], a, b[j]);
       }
     }
-    panel += units * kLanes * V;
+  }
+  if (!stretch.begins || !stretch.ends) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) {
+        float* const t = total + (i * V + j) * kLanes;
+        if (!stretch.begins) sum[i][j] = _mm512_add_ps(_mm512_load_ps(t), sum[i][j]);
+        if (!stretch.ends) _mm512_store_ps(t, sum[i][j]);
+      }
+    if (!stretch.ends) return;
   }
   const __m512 scale = _mm512_set1_ps(target.scale);
 #pragma GCC unroll 8
@@ -123,7 +131,6 @@ HYPERSD_BF16 void tile(const Segment* segments, int64_t count, int64_t first, co
       const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1);
       const int64_t column = target.column + kLanes * j;
       char* const out = target.rows[first + i];
-      if (split) sum[i][j] = _mm512_add_ps(sum[i][j], _mm512_loadu_ps(total[i] + kLanes * j));
       if (target.add) {
         float* p = reinterpret_cast<float*>(out) + column;
         _mm512_mask_storeu_ps(p, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), sum[i][j]));
@@ -137,7 +144,8 @@ HYPERSD_BF16 void tile(const Segment* segments, int64_t count, int64_t first, co
   }
 }
 
-using Tile = void (*)(const Segment*, int64_t, int64_t, const char*, const int32_t*, const float*, const Target&);
+using Tile = void (*)(const Segment*, int64_t, int64_t, const Stretch&, const char*, const int32_t*, const float*, float*,
+                      const Target&);
 
 template <class E>
 Tile tile_for(int64_t rows, int64_t vectors) {
@@ -151,17 +159,26 @@ Tile tile_for(int64_t rows, int64_t vectors) {
 }
 
 // out (count rows) = start + segments x packed, all columns. `start` has a number for each column of the last panel too.
+// A stretch of a panel stays in the first cache while a block of rows meets it.
 template <class E>
 inline void multiply(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* packed,
                      int64_t columns, const float* start, char* const* out, float scale, bool add = false) {
+  alignas(64) float totals[kBlock * kPanel];
   int64_t units = 0;
   for (int64_t s = 0; s < parts; ++s) units += segments[s].units;
   for (int64_t c = 0; c < columns; c += kPanel, packed += units * kPanel) {
     const int64_t width = columns - c < kPanel ? columns - c : kPanel, vectors = (width + kLanes - 1) / kLanes;
     const Target target{out, c, width, scale, add};
-    for (int64_t m = 0; m < count; m += kGroup) {
-      const int64_t rows = count - m < kGroup ? count - m : kGroup;
-      tile_for<E>(rows, vectors)(segments, parts, m, zero, packed, start ? start + c : nullptr, target);
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t last = first + kBlock < count ? first + kBlock : count;
+      for (int64_t from = 0; from == 0 || from < units; from += kSum) {
+        const Stretch stretch{from, from + kSum < units ? from + kSum : units, from == 0, from + kSum >= units};
+        for (int64_t m = first; m < last; m += kGroup) {
+          const int64_t rows = last - m < kGroup ? last - m : kGroup;
+          tile_for<E>(rows, vectors)(segments, parts, m, stretch, zero, packed, start ? start + c : nullptr,
+                                     totals + (m - first) * kPanel, target);
+        }
+      }
     }
   }
 }
@@ -297,7 +314,7 @@ inline void pack(const Matrix* segments, int64_t parts, int64_t columns, int32_t
     }
   };
   const int64_t total = panels * parts, each = units * padded(columns) / (total ? total : 1) + 1;
-  const int64_t grain = (int64_t{1} << 14) / each + 1;
+  const int64_t grain = (int64_t{1} << 16) / each + 1;
   if (total > grain) torch::stable::parallel_for(0, total, grain, run);
   else run(0, total);
 }

@@ -73,9 +73,9 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
     }
 
 
-def kind(x: Tensor) -> str:
-    """The kind of device whose measured times choose for x: cuda, cpu, cpu_amx."""
-    return _native.cpu_kind() if x.device.type == "cpu" else x.device.type
+def kind(device: torch.device) -> str:
+    """The kind of device whose measured times choose there: cuda, cpu, cpu_amx."""
+    return _native.cpu_kind() if device.type == "cpu" else device.type
 
 
 @cache

@@ -127,7 +127,7 @@ def _forward_runs(
         if slot < 0:
             _product_into(y[part], rows[part], weight.t(), bias=bias)
             continue
-        form = _lora.forward_form("lora_linear", runs.rows(slot), k, n, r, x.dtype, _lora.kind(x), keep)
+        form = _lora.forward_form("lora_linear", runs.rows(slot), k, n, r, x.dtype, _lora.kind(x.device), keep)
         thin = None
         if s is not None:
             thin = torch.mm(rows[part], a[slot].t(), out=s[part])
@@ -165,7 +165,7 @@ def _backward_runs(
                 torch.mm(dy[part], weight, out=dx[part])
             continue
         form = _lora.plan(
-            "lora_linear", runs.rows(slot), k, n, r, x.dtype, _lora.kind(x), need_x, need_adapter, full=False
+            "lora_linear", runs.rows(slot), k, n, r, x.dtype, _lora.kind(x.device), need_x, need_adapter, full=False
         ).input_grad  # fmt: skip
         ds = None
         if need_adapter or form != "fold":

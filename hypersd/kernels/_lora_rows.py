@@ -22,11 +22,14 @@ LAST = torch.channels_last
 def takes(x: Tensor, weight: Tensor, a: Tensor, backward: bool = True) -> bool:
     """Whether the C++ product computes this layer here (and with `backward` its gradients). Convolutions: where pixels
     are rows (channels last)."""
-    if x.device.type != "cpu" or x.dtype not in _native.lora_dtypes() or x.dtype != weight.dtype:
-        return False
-    if not _fits(tuple(weight.shape), a.shape[0], x.dtype.itemsize, backward):
+    if x.device.type != "cpu" or not fits(x.dtype, weight.dtype, weight.shape, a.shape[0], backward):
         return False
     return weight.dim() == 2 or is_last(x) or is_last(weight)
+
+
+def fits(dtype: torch.dtype, weight_dtype: torch.dtype, weight: torch.Size, rank: int, backward: bool = True) -> bool:
+    """`takes` but for the device and the layout."""
+    return dtype == weight_dtype and dtype in _native.lora_dtypes() and _fits(weight, rank, dtype.itemsize, backward)
 
 
 @cache

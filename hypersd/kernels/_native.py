@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BUILD_COMMAND = "python setup.py build_ext --inplace"
@@ -73,6 +77,16 @@ def status() -> str:
     return reason or f"loaded ({isa()})"
 
 
+_BY_ISA: list[Any] = []
+
+
+def cache_by_isa(function: F) -> F:
+    """functools.cache for what depends on the instruction set in use: forgotten when `isa` switches it."""
+    cached = cache(function)
+    _BY_ISA.append(cached)
+    return cast(F, cached)
+
+
 def isa(force: str | None = None) -> str:
     """The instruction set in use. `force` switches it (for tests); what the CPU lacks raises ValueError."""
     if not available():
@@ -81,8 +95,9 @@ def isa(force: str | None = None) -> str:
         raise ValueError(f"isa: got {force!r}, expected one of {(*ISA_LEVELS, 'auto')}")
     level = -2 if force is None else -1 if force == "auto" else ISA_LEVELS.index(force)
     chosen = int(torch.ops.hypersd._native_isa(level))
-    lora_dtypes.cache_clear()
-    cpu_kind.cache_clear()
+    if force is not None:
+        for cached in _BY_ISA:
+            cached.cache_clear()
     if force not in (None, "auto") and ISA_LEVELS[chosen] != force:
         raise ValueError(f"isa: this CPU has no {force}; the widest it has is {ISA_LEVELS[chosen]}")
     return ISA_LEVELS[chosen]
@@ -130,14 +145,14 @@ def cuda_status() -> str:
     return reason or "loaded"
 
 
-@cache
+@cache_by_isa
 def lora_dtypes() -> tuple[torch.dtype, ...]:
     """What the C++ kernel of LoRA layers computes with the instructions in use: float32, bfloat16, or nothing."""
     known = int(torch.ops.hypersd._lora_rows_dtypes()) if available() else 0
     return tuple(dtype for bit, dtype in enumerate((torch.float32, torch.bfloat16)) if known >> bit & 1)
 
 
-@cache
+@cache_by_isa
 def cpu_kind() -> str:
     """Folder of kernels/configs for CPUs like this: cpu_amx where the C++ kernels use a tile unit, else cpu."""
     return "cpu_amx" if available() and isa() == "amx" else "cpu"

@@ -188,14 +188,14 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
     # oneDNN's fp32 weight gradient of a 3x3 kernel with x in (B, C, H, W) order is up to four times too inexact for dB
     full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _lora_rows.is_last(x)
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
-    return _lora.plan("lora_conv2d", *sizes, x.dtype, _lora.kind(x), *needs, full=full, native=native)
+    return _lora.plan("lora_conv2d", *sizes, x.dtype, _lora.kind(x.device), *needs, full=full, native=native)
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
     if keep:
         return _plan(x, weight, a, stride, padding).forward
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a, backward=False)
-    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, _lora.kind(x), False, native)
+    return _lora.forward_form("lora_conv2d", *sizes, x.dtype, _lora.kind(x.device), False, native)
 
 
 def _forms(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_gemm, _lora_rows, _shapes
+from hypersd.kernels import _lora, _lora_gemm, _lora_rows, _native, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
 from hypersd.kernels._rows import on_device
@@ -251,17 +251,24 @@ def _fake_backward(
 
 
 def _plan(x: Tensor, weight: Tensor, a: Tensor, need_x: bool = True, need_adapter: bool = True) -> _lora.Plan:
-    m, native = x.shape[:-1].numel(), _lora_rows.takes(x, weight, a)
-    sizes = m, weight.shape[1], weight.shape[0], a.shape[0]
-    return _lora.plan("lora_linear", *sizes, x.dtype, _lora.kind(x), need_x, need_adapter, native=native)
+    return _choice(x.shape, weight.shape, a.shape, x.dtype, weight.dtype, x.device, need_x, need_adapter)[0]
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, keep: bool) -> str:
-    if keep:
-        return _plan(x, weight, a).forward
-    sizes = x.shape[:-1].numel(), weight.shape[1], weight.shape[0], a.shape[0]
-    native = _lora_rows.takes(x, weight, a, backward=False)
-    return _lora.forward_form("lora_linear", *sizes, x.dtype, _lora.kind(x), False, native)
+    plan, alone = _choice(x.shape, weight.shape, a.shape, x.dtype, weight.dtype, x.device, True, True)
+    return plan.forward if keep else alone
+
+
+@_native.cache_by_isa
+def _choice(
+    x: torch.Size, weight: torch.Size, a: torch.Size, dtype: torch.dtype, weight_dtype: torch.dtype,
+    device: torch.device, need_x: bool, need_adapter: bool,
+) -> tuple[_lora.Plan, str]:  # fmt: skip
+    """The forms of a training step, and that of y where nothing is kept. Every call asks, so one lookup must do."""
+    m, (n, k), r, kind = x[:-1].numel(), weight, a[0], _lora.kind(device)
+    step, alone = (device.type == "cpu" and _lora_rows.fits(dtype, weight_dtype, weight, r, b) for b in (True, False))
+    plan = _lora.plan("lora_linear", m, k, n, r, dtype, kind, need_x, need_adapter, native=step)
+    return plan, _lora.forward_form("lora_linear", m, k, n, r, dtype, kind, False, alone)
 
 
 def _public_plan(

@@ -361,7 +361,7 @@ def _plan(
 ) -> _lora.Plan:
     """That of the mean slot; each slot takes its own."""
     m, (n, k) = x.shape[:-1].numel() // a.shape[0], weight.shape
-    return _lora.plan("lora_linear", m, k, n, a.shape[1], x.dtype, _lora.kind(x), full=False)
+    return _lora.plan("lora_linear", m, k, n, a.shape[1], x.dtype, _lora.kind(x.device), full=False)
 
 
 def _triton_config(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *others: Any, **rest: Any) -> Config:

@@ -41,12 +41,18 @@ def gradients(inputs: dict, scale: float | Tensor = 0.7) -> tuple[Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel()).to(y)).view_as(y))
 
 
+@pytest.fixture(autouse=True)
+def choose_anew(monkeypatch):
+    """Every call chooses its forms again, by what a test has set."""
+    monkeypatch.setattr(op_file, "_choice", op_file._choice.__wrapped__)
+
+
 @pytest.fixture
 def take(monkeypatch):
     """Force a form of each of y, dX and (dA, dB)."""
 
     def force(forward: str, input_grad: str = "split", adapter_grad: str = "thin") -> None:
-        monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
+        monkeypatch.setattr(_lora_rows, "fits", lambda *args: False)
         monkeypatch.setattr(_lora, "forward_form", lambda *args: forward)
         plan = _lora.Plan(forward, input_grad, adapter_grad, "forced")
         monkeypatch.setattr(_lora, "plan", lambda *args, **options: plan)
@@ -219,7 +225,7 @@ def test_any_memory_order_by_onednn(dtype, monkeypatch):
     module = importlib.import_module("hypersd.kernels.lora_linear")
     monkeypatch.setattr(module, "FUSED", 0)
     monkeypatch.setattr(module, "WIDE", 0)
-    monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
+    monkeypatch.setattr(_lora_rows, "fits", lambda *args: False)
     for name, inputs in checks.layouts(checks.odd(module.OP)[0].inputs(dtype)):
         assert checks.check(module.OP, inputs) == [], name
 
@@ -324,8 +330,8 @@ def test_what_was_measured_belongs_to_the_kind_of_cpu(monkeypatch):
     chosen = {}
     for kind in ("cpu", "cpu_amx"):
         monkeypatch.setattr(_native, "cpu_kind", lambda kind=kind: kind)
-        assert _lora.kind(torch.zeros(1)) == kind and _lora.kind(torch.zeros(1, device="meta")) == "meta"
-        chosen[kind] = _lora.plan("lora_linear", 256, 1280, 1280, 64, torch.float32, _lora.kind(torch.zeros(1)))
+        assert _lora.kind(torch.device("cpu")) == kind and _lora.kind(torch.device("meta")) == "meta"
+        chosen[kind] = _lora.plan("lora_linear", 256, 1280, 1280, 64, torch.float32, _lora.kind(torch.device("cpu")))
     assert "row 256x1280x1280x64" in chosen["cpu"].provenance and "row 256x1280x1280x64" in chosen["cpu_amx"].provenance
     assert chosen["cpu"].provenance != chosen["cpu_amx"].provenance
 
@@ -339,9 +345,9 @@ def test_16_bit_rules(sizes):
 
 def test_explain_shows_the_forms(monkeypatch):
     case = next(c for c in op_file.CASES if c.name == "sd15_4096x320x320").inputs()
-    monkeypatch.setattr(_lora_rows, "takes", lambda *args, **options: False)
+    monkeypatch.setattr(_lora_rows, "fits", lambda *args: False)
     said = str(explain(lora_linear, **case))
-    chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, _lora.kind(case["x"]))
+    chosen = _lora.plan("lora_linear", 4096, 320, 320, 64, torch.float32, _lora.kind(case["x"].device))
     assert "lora_linear on cpu: aten" in said
     assert f"y by {chosen.forward}, dX by {chosen.input_grad}, dA and dB by {chosen.adapter_grad}" in said
     assert "row 4096x320x320x64" in said
