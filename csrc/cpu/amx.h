@@ -243,6 +243,16 @@ inline bool has_amx() { return false; }
 #if HYPERSD_PRODUCTS
 namespace hypersd {
 
+// Whether products of E run on the tile unit.
+template <class E>
+inline bool tiled() {
+#if HYPERSD_TILES
+  return E::per == 2 && isa() == Isa::amx;
+#else
+  return false;
+#endif
+}
+
 // The left side of products, by the instructions in use. One at a time in a thread; where E is bfloat16, the units of every
 // segment lie side by side.
 template <class E>
@@ -251,7 +261,7 @@ class LeftSide {
   LeftSide(const Segment* segments, int64_t parts, int64_t count, const char* zero)
       : segments_(segments), parts_(parts), count_(count), zero_(zero) {
 #if HYPERSD_TILES
-    if (E::per == 2 && isa() == Isa::amx) tiled_.emplace(segments, parts, count, zero);
+    if (tiled<E>()) tiled_.emplace(segments, parts, count, zero);
 #endif
   }
   // `multiply` of products.h, of the segments from `from` on.

@@ -16,11 +16,14 @@ namespace {
 
 #if HYPERSD_PRODUCTS
 
-// Memory that a thread keeps from call to call, in pieces: fresh pages cost more than packing into them.
+// Memory that a thread keeps from call to call, in pieces: fresh pages cost more than packing into them. One of each use at
+// a time in a thread.
+enum class Use { call, panel };
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) {
-    static thread_local Kept kept;
+  Scratch(Use use, size_t bytes) {
+    static thread_local Kept each[2];
+    Kept& kept = each[static_cast<int>(use)];
     memory_ = &kept;
     if (kept.size < bytes || kept.size > kLimit) {
       std::free(kept.data);
@@ -118,33 +121,70 @@ void widen_bias(const std::optional<Tensor>& bias, int64_t count, float* out) {
     out[i] = bits_to_float(converted<Float32>(from[i * view.stride[0]]));
 }
 
-// Packs W + scale b a, all float32: the update joins each panel while the cache still has it.
-void pack_folded(const Shape& s, const View& w, const View& a, const View& b, float scale, int32_t* packed) {
-  const int64_t taps = s.taps(), panels = (s.out + kPanel - 1) / kPanel;
-  const Matrix expand{b.data, b.type, b.stride[1], b.stride[0], s.rank};
+// Packs a panel of W + scale b a, all float32: the update joins it while the cache has it.
+void pack_folded(const Shape& s, const View& w, const View& a, const View& b, float scale, int64_t column, int64_t count,
+                 int32_t* panel) {
+  const int64_t width = padded(count);
+  std::vector<int32_t> right(s.rank * width);
+  std::vector<const char*> left(s.in);
+  std::vector<char*> out(s.in);
+  pack_panel<Float32, float>({b.data, b.type, b.stride[1], b.stride[0], s.rank}, column, count, right.data());
+  for (int32_t& unit : right)
+    unit = static_cast<int32_t>(float_to_bits(scale * bits_to_float(static_cast<uint32_t>(unit))));
+  for (int64_t tap = 0; tap < s.taps(); ++tap, panel += s.in * width) {
+    const Matrix update = tap_of(a, s, tap, false);
+    pack_panel<Float32, float>(tap_of(w, s, tap, false), column, count, panel);
+    for (int64_t k = 0; k < s.in; ++k) {
+      left[k] = update.data + 4 * k * update.inner_stride;
+      out[k] = reinterpret_cast<char*>(panel + k * width);
+    }
+    const Segment segment{left.data(), s.rank, 4 * update.column_stride};
+    multiply<Float32>(&segment, 1, s.in, nullptr, right.data(), width, nullptr, out.data(), 1.0f, true);
+  }
+}
+
+template <class E>
+void pack_narrow(const std::vector<Matrix>& parts, int64_t columns, int32_t* out) {
+  pack_all(units_of<E>(parts), columns, out,
+           [&](int64_t column, int64_t some, int32_t* panel) { pack_parts<E>(parts, column, some, panel); });
+}
+
+// What a thread's second cache keeps of one side of a product beside the other.
+constexpr int64_t kCache = int64_t{1} << 20;
+
+// Whether less memory moves if panels of columns, packed by whoever needs them, meet all rows (the left side is read once a
+// panel, if no cache keeps it) than if blocks of rows meet a packed weight (written and read, and read again by every block).
+bool panels_first(int64_t left_bytes, int64_t right_bytes, int64_t rows, int64_t columns) {
+  const int64_t panels = (columns + kPanel - 1) / kPanel, blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t by_panels = left_bytes > kCache ? left_bytes * panels : 0;
+  return by_panels <= right_bytes * (right_bytes > kCache ? 3 + blocks : 3);
+}
+
+// out = start + parts x panels, which pack_one(column, columns, memory) makes: whoever needs a panel packs it, into memory
+// that stays in its second cache. table[part][row] has the rows of the left side, and last those of the result.
+template <class E, class Pack>
+void by_panels(const std::vector<Segment>& parts, int64_t rows, int64_t columns, const char* const* table,
+               const char* zero, const float* start, float scale, const Pack& pack_one) {
+  int64_t units = 0;
+  for (const Segment& part : parts) units += part.units;
+  const int64_t count = static_cast<int64_t>(parts.size());
+  const int64_t blocks = (rows + kBlock - 1) / kBlock, tasks = blocks * ((columns + kPanel - 1) / kPanel);
   const auto run = [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> right(s.rank * kPanel);
-    std::vector<const char*> left(s.in);
-    std::vector<char*> out(s.in);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t tap = task % taps, column = task / taps * kPanel;
-      const int64_t count = s.out - column < kPanel ? s.out - column : kPanel, width = padded(count);
-      const Matrix update = tap_of(a, s, tap, false);
-      int32_t* const panel = packed + taps * s.in * column + tap * s.in * width;
-      pack_panel<Float32, float>(tap_of(w, s, tap, false), column, count, panel);
-      pack_panel<Float32, float>(expand, column, count, right.data());
-      for (int64_t i = 0; i < s.rank * width; ++i)
-        right[i] = static_cast<int32_t>(float_to_bits(scale * bits_to_float(static_cast<uint32_t>(right[i]))));
-      for (int64_t k = 0; k < s.in; ++k) {
-        left[k] = update.data + 4 * k * update.inner_stride;
-        out[k] = reinterpret_cast<char*>(panel + k * width);
-      }
-      const Segment segment{left.data(), s.rank, 4 * update.column_stride};
-      multiply<Float32>(&segment, 1, s.in, nullptr, right.data(), width, nullptr, out.data(), 1.0f, true);
+    Scratch scratch(Use::panel, Scratch::room<int32_t>(units * kPanel));
+    int32_t* const panel = scratch.take<int32_t>(units * kPanel);
+    std::vector<Segment> segments(parts);
+    for (int64_t task = begin, packed = -1; task < end; ++task) {
+      const int64_t column = task / blocks * kPanel, width = columns - column < kPanel ? columns - column : kPanel;
+      const int64_t first = task % blocks * kBlock, some = rows - first < kBlock ? rows - first : kBlock;
+      if (packed != column) pack_one(column, width, panel), packed = column;
+      for (int64_t s = 0; s < count; ++s) segments[s].rows = table + s * rows + first;
+      char* const* const out = const_cast<char* const*>(table + count * rows + first);
+      multiply_panel<E>(segments.data(), count, some, zero, panel, column, width, start, out, scale, false);
     }
   };
-  if (s.in * s.rank * s.out * taps > 1000000) torch::stable::parallel_for(0, panels * taps, 1, run);
-  else run(0, panels * taps);
+  const int64_t each = 2 * units * E::per * kPanel * (rows < kBlock ? rows : kBlock), grain = 3000000 / (each + 1) + 1;
+  if (tasks > grain) torch::stable::parallel_for(0, tasks, grain, run);
+  else run(0, tasks);
 }
 
 // With `fold` (float32 alone, nothing kept) there is no S: the weight is folded as it is packed.
@@ -152,52 +192,57 @@ template <class E>
 void forward(const Shape& s, const View& x, const View& w, const std::optional<Tensor>& bias, const View& a,
              const View& b, float scale, char* y, char* kept, bool fold) {
   constexpr int64_t item = sizeof(typename E::Element);
-  const int64_t taps = s.taps(), rows = s.results(), parts = fold ? taps : taps + 1;
-  std::vector<Matrix> narrow, wide;
+  const int64_t taps = s.taps(), rows = s.results(), first_tap = fold ? 0 : 1;
+  std::vector<Matrix> narrow, wide;  // of W's product the first part is that of S
   if (!fold) wide.push_back({b.data, b.type, b.stride[1], b.stride[0], s.rank});
   for (int64_t t = 0; t < taps; ++t) {
     narrow.push_back(tap_of(a, s, t, false));
     wide.push_back(tap_of(w, s, t, false));
   }
-  const int64_t narrow_size = fold ? 0 : packed_size<E>(narrow.data(), taps, s.rank);
-  const int64_t wide_size = packed_size<E>(wide.data(), parts, s.out);
-  Scratch scratch(Scratch::room<int32_t>(narrow_size) + Scratch::room<int32_t>(wide_size) +
-                  Scratch::room<float>(padded(s.out)));
+  std::vector<Segment> parts;
+  for (const Matrix& part : wide) parts.push_back({nullptr, units_of<E>(part), 4});
+  const int64_t count_of_parts = first_tap + taps, listed = count_of_parts + 1;  // the rows of y come last
+  const int64_t units = units_of<E>(wide);
+  // S and y of a block of rows, which tiles copy once; or S of all rows, then y by panels
+  const bool blocks = tiled<E>() || !panels_first(x.numel * item, 4 * units * s.out, rows, s.out);
+  const int64_t narrow_size = fold ? 0 : units_of<E>(narrow) * padded(s.rank);
+  const int64_t wide_size = blocks ? units * padded(s.out) : 0;
+  const int64_t s_size = kept || fold ? 0 : rows * s.rank;
+  Scratch scratch(Use::call, Scratch::room<int32_t>(narrow_size) + Scratch::room<int32_t>(wide_size) +
+                                 Scratch::room<float>(padded(s.out)) + Scratch::room<int32_t>(s_size) +
+                                 Scratch::room<const char*>(listed * rows));
   int32_t* const packed_a = scratch.take<int32_t>(narrow_size);
   int32_t* const packed_w = scratch.take<int32_t>(wide_size);
   float* const start = scratch.take<float>(padded(s.out));
-  if (fold) {
-    pack_folded(s, w, a, b, scale, packed_w);
-  } else {
-    pack<E>(narrow.data(), taps, s.rank, packed_a);
-    pack<E>(wide.data(), parts, s.out, packed_w);
-  }
+  char* const s_rows = kept ? kept : reinterpret_cast<char*>(scratch.take<int32_t>(s_size));
+  const char** const table = scratch.take<const char*>(listed * rows);
+  const auto pack_w = [&](int64_t column, int64_t columns, int32_t* panel) {
+    if (fold) pack_folded(s, w, a, b, scale, column, columns, panel);
+    else pack_parts<E>(wide, column, columns, panel);
+  };
+  if (!fold) pack_narrow<E>(narrow, s.rank, packed_a);
+  if (blocks) pack_all(units, s.out, packed_w, pack_w);
   widen_bias<E>(bias, s.out, start);
   const char* const zero = zeros(s.in * item);
-  const int64_t units = units_of<E>(narrow[0]), narrow_units = units_of<E>(wide[0]), first_tap = parts - taps;
 
-  over_blocks(rows, 2 * (taps * s.in + s.rank) * s.out, [&](int64_t first, int64_t count) {
-    std::vector<const char*> gathered(taps * kBlock);
+  const int64_t flops = 2 * (fold ? 0 : taps * s.in * s.rank) + (blocks ? 2 * (taps * s.in + s.rank) * s.out : 100 * taps);
+  over_blocks(rows, flops, [&](int64_t first, int64_t count) {
     std::vector<Segment> segments(parts);
-    char* narrow_rows[kBlock];
-    char* out[kBlock];
-    std::vector<char> local(kept || fold ? 0 : kBlock * s.rank * item);
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = y + (first + i) * s.out * item;
-      if (!fold) narrow_rows[i] = kept ? kept + (first + i) * s.rank * item : local.data() + i * s.rank * item;
-    }
-    for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t from = s.source(first + i, t);
-        gathered[t * kBlock + i] = from < 0 ? zero : x.data + from * s.in * item;
+    for (int64_t p = 0; p < count_of_parts; ++p) segments[p].rows = table + p * rows + first;
+    for (int64_t m = first; m < first + count; ++m) {
+      if (!fold) table[m] = s_rows + m * s.rank * item;
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t from = s.source(m, t);
+        table[(first_tap + t) * rows + m] = from < 0 ? zero : x.data + from * s.in * item;
       }
-      segments[first_tap + t] = {gathered.data() + t * kBlock, units, 4};
+      table[count_of_parts * rows + m] = y + m * s.out * item;
     }
-    if (!fold) segments[0] = {narrow_rows, narrow_units, 4};
-    LeftSide<E> left(segments.data(), parts, count, zero);
-    if (!fold) left.times(packed_a, s.rank, nullptr, narrow_rows, scale, 1);
-    left.times(packed_w, s.out, start, out, 1.0f);
+    const auto out = [&](int64_t part) { return const_cast<char* const*>(table + part * rows + first); };
+    LeftSide<E> left(segments.data(), count_of_parts, count, zero);
+    if (!fold) left.times(packed_a, s.rank, nullptr, out(0), scale, 1);
+    if (blocks) left.times(packed_w, s.out, start, out(count_of_parts), 1.0f);
   });
+  if (!blocks) by_panels<E>(parts, rows, s.out, table, zero, start, 1.0f, pack_w);
 }
 
 // rows (count, columns) of elements as units of the row dimension: [ceil(count / per)][columns].
@@ -273,7 +318,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
               const View& b, float scale, char* dx, const View* da, const View* db) {
   constexpr int64_t item = sizeof(typename E::Element);
   const int64_t taps = s.taps(), rows = s.results();
-  const Matrix shrink{b.data, b.type, b.stride[0], b.stride[1], s.out};
+  const std::vector<Matrix> shrink{{b.data, b.type, b.stride[0], b.stride[1], s.out}};
   std::vector<Matrix> narrow, wide;
   for (int64_t t = 0; t < taps; ++t) {
     narrow.push_back(tap_of(a, s, t, false));
@@ -281,14 +326,16 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
     wide.push_back(tap_of(w, s, t, true));
   }
   const bool again = da && !kept;  // S = conv(x, a) was not kept
-  const int64_t shrink_size = packed_size<E>(&shrink, 1, s.rank);
-  const int64_t narrow_size = again ? packed_size<E>(narrow.data(), taps, s.rank) : 0;
-  const int64_t wide_size = dx ? packed_size<E>(wide.data(), 2 * taps, s.in) : 0;
+  const int64_t shrink_size = units_of<E>(shrink) * padded(s.rank), units = units_of<E>(wide);
+  const int64_t narrow_size = again ? units_of<E>(narrow) * padded(s.rank) : 0;
+  const bool blocks = tiled<E>() || !panels_first(dy.numel * item, 4 * units * s.in, s.sources(), s.in);
+  const int64_t wide_size = dx && blocks ? units * padded(s.in) : 0;
+  const int64_t sources = s.sources(), table_size = dx ? (2 * taps + 1) * sources : 0;
   const int64_t narrow_rows_size = rows * s.rank, pitch = (rows + 1) / 2, pairs = pitch * s.rank;
   const bool paired = da && E::per == 2;
-  Scratch scratch(Scratch::room<int32_t>(shrink_size) + Scratch::room<int32_t>(narrow_size) +
-                  Scratch::room<int32_t>(wide_size) + 2 * Scratch::room<int32_t>(narrow_rows_size) +
-                  2 * Scratch::room<int32_t>(pairs));
+  Scratch scratch(Use::call, Scratch::room<int32_t>(shrink_size) + Scratch::room<int32_t>(narrow_size) +
+                                 Scratch::room<int32_t>(wide_size) + 2 * Scratch::room<int32_t>(narrow_rows_size) +
+                                 2 * Scratch::room<int32_t>(pairs) + Scratch::room<const char*>(table_size));
   int32_t* const packed_b = scratch.take<int32_t>(shrink_size);
   int32_t* const packed_a = scratch.take<int32_t>(narrow_size);
   int32_t* const packed_w = scratch.take<int32_t>(wide_size);
@@ -296,13 +343,17 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
   char* const computed = reinterpret_cast<char*>(scratch.take<int32_t>(narrow_rows_size));
   int32_t* ds_units = scratch.take<int32_t>(pairs);
   int32_t* s_units = scratch.take<int32_t>(pairs);
+  const char** const table = scratch.take<const char*>(table_size);
   if (!paired) {
     ds_units = reinterpret_cast<int32_t*>(ds);
     s_units = reinterpret_cast<int32_t*>(kept ? const_cast<char*>(kept) : computed);
   }
-  pack<E>(&shrink, 1, s.rank, packed_b);
-  if (again) pack<E>(narrow.data(), taps, s.rank, packed_a);
-  if (dx) pack<E>(wide.data(), 2 * taps, s.in, packed_w);
+  const auto pack_w = [&](int64_t column, int64_t columns, int32_t* panel) {
+    pack_parts<E>(wide, column, columns, panel);
+  };
+  pack_narrow<E>(shrink, s.rank, packed_b);
+  if (again) pack_narrow<E>(narrow, s.rank, packed_a);
+  if (dx && blocks) pack_all(units, s.in, packed_w, pack_w);
   const int64_t widest = s.in > s.out ? s.in : s.out;
   const char* const zero = zeros((widest > s.rank ? widest : s.rank) * item);
 
@@ -337,31 +388,31 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
 
   if (dx) {
     // Under a stride an input pixel is read at few taps; pixels with the same taps go together, the others are skipped.
-    const int64_t sources = s.sources();
     std::vector<int64_t> order;
     if (s.sh * s.sw > 1)
       for (int64_t phase = 0; phase < s.sh * s.sw; ++phase)
         for (int64_t p = 0; p < sources; ++p)
           if (p % s.in_w % s.sw == phase % s.sw && p / s.in_w % s.in_h % s.sh == phase / s.sw) order.push_back(p);
-    const int64_t ds_count = units_of<E>(wide[0]), dy_count = units_of<E>(wide[1]);
-    over_blocks(sources, 2 * taps * (s.out + s.rank) * s.in / (s.sh * s.sw), [&](int64_t first, int64_t count) {
-      std::vector<const char*> gathered(2 * taps * kBlock);
-      std::vector<Segment> segments(2 * taps);
-      char* out[kBlock];
-      for (int64_t i = 0; i < count; ++i) out[i] = dx + (order.empty() ? first + i : order[first + i]) * s.in * item;
-      for (int64_t t = 0; t < taps; ++t) {
-        const char** of_ds = gathered.data() + 2 * t * kBlock;
-        const char** of_dy = of_ds + kBlock;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t m = s.reader(order.empty() ? first + i : order[first + i], t);
-          of_ds[i] = m < 0 ? zero : ds + m * s.rank * item;
-          of_dy[i] = m < 0 ? zero : dy.data + m * s.out * item;
+    std::vector<Segment> parts;
+    for (const Matrix& part : wide) parts.push_back({nullptr, units_of<E>(part), 4});
+    const int64_t flops = blocks ? 2 * taps * (s.out + s.rank) * s.in / (s.sh * s.sw) : 100 * taps;
+    over_blocks(sources, flops, [&](int64_t first, int64_t count) {
+      for (int64_t i = first; i < first + count; ++i) {
+        const int64_t p = order.empty() ? i : order[i];
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t m = s.reader(p, t);
+          table[2 * t * sources + i] = m < 0 ? zero : ds + m * s.rank * item;
+          table[(2 * t + 1) * sources + i] = m < 0 ? zero : dy.data + m * s.out * item;
         }
-        segments[2 * t] = {of_ds, ds_count, 4};
-        segments[2 * t + 1] = {of_dy, dy_count, 4};
+        table[2 * taps * sources + i] = dx + p * s.in * item;
       }
+      if (!blocks) return;
+      std::vector<Segment> segments(parts);
+      for (int64_t p = 0; p < 2 * taps; ++p) segments[p].rows = table + p * sources + first;
+      char* const* const out = const_cast<char* const*>(table + 2 * taps * sources + first);
       LeftSide<E>(segments.data(), 2 * taps, count, zero).times(packed_w, s.in, nullptr, out, 1.0f);
     });
+    if (!blocks) by_panels<E>(parts, sources, s.in, table, zero, nullptr, 1.0f, pack_w);
   }
 
   if (da) {

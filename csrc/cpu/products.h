@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "isa.h"
 #include "rows.h"
@@ -158,28 +159,38 @@ Tile tile_for(int64_t rows, int64_t vectors) {
   return table[vectors - 1][rows - 1];
 }
 
-// out (count rows) = start + segments x packed, all columns. `start` has a number for each column of the last panel too.
-// A stretch of a panel stays in the first cache while a block of rows meets it.
+// out (count rows) = start + segments x one packed panel, `width` columns from `column` on. `start` has a number for each
+// column, those that fill the last panel too. A stretch of the panel stays in the first cache while a block of rows meets it.
 template <class E>
-inline void multiply(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* packed,
-                     int64_t columns, const float* start, char* const* out, float scale, bool add = false) {
+inline void multiply_panel(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* panel,
+                           int64_t column, int64_t width, const float* start, char* const* out, float scale, bool add) {
   alignas(64) float totals[kBlock * kPanel];
   int64_t units = 0;
   for (int64_t s = 0; s < parts; ++s) units += segments[s].units;
-  for (int64_t c = 0; c < columns; c += kPanel, packed += units * kPanel) {
-    const int64_t width = columns - c < kPanel ? columns - c : kPanel, vectors = (width + kLanes - 1) / kLanes;
-    const Target target{out, c, width, scale, add};
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t last = first + kBlock < count ? first + kBlock : count;
-      for (int64_t from = 0; from == 0 || from < units; from += kSum) {
-        const Stretch stretch{from, from + kSum < units ? from + kSum : units, from == 0, from + kSum >= units};
-        for (int64_t m = first; m < last; m += kGroup) {
-          const int64_t rows = last - m < kGroup ? last - m : kGroup;
-          tile_for<E>(rows, vectors)(segments, parts, m, stretch, zero, packed, start ? start + c : nullptr,
-                                     totals + (m - first) * kPanel, target);
-        }
+  const Target target{out, column, width, scale, add};
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t last = first + kBlock < count ? first + kBlock : count;
+    for (int64_t from = 0; from == 0 || from < units; from += kSum) {
+      const Stretch stretch{from, from + kSum < units ? from + kSum : units, from == 0, from + kSum >= units};
+      for (int64_t m = first; m < last; m += kGroup) {
+        const int64_t rows = last - m < kGroup ? last - m : kGroup;
+        tile_for<E>(rows, (width + kLanes - 1) / kLanes)(segments, parts, m, stretch, zero, panel,
+                                                         start ? start + column : nullptr,
+                                                         totals + (m - first) * kPanel, target);
       }
     }
+  }
+}
+
+// The same of all columns, panels one after the other.
+template <class E>
+inline void multiply(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* packed,
+                     int64_t columns, const float* start, char* const* out, float scale, bool add = false) {
+  int64_t units = 0;
+  for (int64_t s = 0; s < parts; ++s) units += segments[s].units;
+  for (int64_t c = 0; c < columns; c += kPanel, packed += units * kPanel) {
+    const int64_t width = columns - c < kPanel ? columns - c : kPanel;
+    multiply_panel<E>(segments, parts, count, zero, packed, c, width, start, out, scale, add);
   }
 }
 
@@ -289,34 +300,33 @@ HYPERSD_AVX512 void pack_panel(const Matrix& b, int64_t column, int64_t columns,
   }
 }
 
-// All segments of a panel one after the other, panels one after the other; `packed_size` units of four bytes in all.
+// All parts of a panel one after the other, panels one after the other: units_of x padded units of four bytes in all.
 inline int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 template <class E>
-inline int64_t packed_size(const Matrix* segments, int64_t parts, int64_t columns) {
+inline int64_t units_of(const std::vector<Matrix>& parts) {
   int64_t units = 0;
-  for (int64_t s = 0; s < parts; ++s) units += units_of<E>(segments[s]);
-  return units * padded(columns);
+  for (const Matrix& part : parts) units += units_of<E>(part);
+  return units;
 }
 template <class E>
-inline void pack(const Matrix* segments, int64_t parts, int64_t columns, int32_t* out) {
-  int64_t units = 0;
-  for (int64_t s = 0; s < parts; ++s) units += units_of<E>(segments[s]);
-  const int64_t panels = (columns + kPanel - 1) / kPanel;
+inline void pack_parts(const std::vector<Matrix>& parts, int64_t column, int64_t columns, int32_t* panel) {
+  for (const Matrix& part : parts) {
+    if (part.type == Type::float32) pack_panel<E, float>(part, column, columns, panel);
+    else pack_panel<E, uint16_t>(part, column, columns, panel);
+    panel += units_of<E>(part) * padded(columns);
+  }
+}
+
+// Every panel by pack_one(column, columns, memory).
+template <class Pack>
+inline void pack_all(int64_t units, int64_t columns, int32_t* out, const Pack& pack_one) {
+  const int64_t panels = (columns + kPanel - 1) / kPanel, grain = (int64_t{1} << 16) / (units * kPanel + 1) + 1;
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / parts, part = task % parts, column = panel * kPanel;
-      const int64_t count = columns - column < kPanel ? columns - column : kPanel;
-      int64_t before = 0;
-      for (int64_t s = 0; s < part; ++s) before += units_of<E>(segments[s]);
-      int32_t* to = out + units * column + before * padded(count);
-      if (segments[part].type == Type::float32) pack_panel<E, float>(segments[part], column, count, to);
-      else pack_panel<E, uint16_t>(segments[part], column, count, to);
-    }
+    for (int64_t column = begin * kPanel; column < end * kPanel && column < columns; column += kPanel)
+      pack_one(column, columns - column < kPanel ? columns - column : kPanel, out + units * column);
   };
-  const int64_t total = panels * parts, each = units * padded(columns) / (total ? total : 1) + 1;
-  const int64_t grain = (int64_t{1} << 16) / each + 1;
-  if (total > grain) torch::stable::parallel_for(0, total, grain, run);
-  else run(0, total);
+  if (panels > grain) torch::stable::parallel_for(0, panels, grain, run);
+  else run(0, panels);
 }
 
 }  // namespace hypersd
