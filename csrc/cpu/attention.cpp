@@ -8,70 +8,57 @@
 #include <limits>
 
 #include "attention.h"
+#include "products.h"
 
 namespace hypersd {
 namespace {
 
-template <class C>
-struct Lanes {
-  typedef C type __attribute__((vector_size(64)));
-  static constexpr int count = 64 / sizeof(C);
-};
-template <class C>
-using Vec = typename Lanes<C>::type;
+constexpr int kRows = 6;  // rows of a product computed at a time, against one to four vectors of columns
 
-constexpr int kRows = 6;  // rows of a product computed at a time, against one or two vectors of columns
-template <class C, int R, int J>
+// W: bytes of a vector, what the instructions in use have. Rows are padded to whole vectors of 64.
+template <class C>
+constexpr int64_t kWhole = 64 / sizeof(C);
+template <class C, int W>
+struct Lanes {
+  typedef C type __attribute__((vector_size(W)));
+  static constexpr int count = W / sizeof(C);
+};
+template <class C, int W>
+using Vec = typename Lanes<C, W>::type;
+template <int W, class C>
+HYPERSD_INLINE Vec<C, W> vector_at(const C* from) {
+  Vec<C, W> v;
+  std::memcpy(&v, from, W);
+  return v;
+}
+
+template <class C, int W, int R, int J>
 HYPERSD_INLINE void micro(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
                           int64_t inner, bool accumulate) {
-  Vec<C> sum[R][J];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) {
-      if (accumulate) std::memcpy(&sum[r][j], c + r * ldc + j * Lanes<C>::count, 64);
-      else sum[r][j] = Vec<C>{};
-    }
+  constexpr int lanes = Lanes<C, W>::count;
+  Vec<C, W> sum[R][J] = {};
   for (int64_t i = 0; i < inner; ++i) {
-    Vec<C> right[J];
-    for (int j = 0; j < J; ++j) std::memcpy(&right[j], b + i * ldb + j * Lanes<C>::count, 64);
+    Vec<C, W> right[J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) right[j] = vector_at<W>(b + i * ldb + j * lanes);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const C left = a[r * a_row + i * a_inner];
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[r][j] += left * right[j];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) std::memcpy(c + r * ldc + j * Lanes<C>::count, &sum[r][j], 64);
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      C* const to = c + r * ldc + j * lanes;
+      if (accumulate) sum[r][j] += vector_at<W>(to);  // once: one long sum loses digits
+      std::memcpy(to, &sum[r][j], W);
+    }
 }
 
-template <class C, int J>
-HYPERSD_INLINE void columns(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
-                            int64_t rows, int64_t inner, bool accumulate) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    micro<C, kRows, J>(a + r * a_row, a_row, a_inner, b, ldb, c + r * ldc, ldc, inner, accumulate);
-  a += r * a_row;
-  c += r * ldc;
-  switch (rows - r) {
-    case 5: micro<C, 5, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
-    case 4: micro<C, 4, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
-    case 3: micro<C, 3, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
-    case 2: micro<C, 2, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
-    case 1: micro<C, 1, J>(a, a_row, a_inner, b, ldb, c, ldc, inner, accumulate); break;
-    default: break;
-  }
-}
-
-template <class C, int J>
-HYPERSD_INLINE void product_of(const C* a, int64_t a_row, int64_t a_inner, const C* b, int64_t ldb, C* c, int64_t ldc,
-                            int64_t rows, int64_t n, int64_t inner, bool accumulate) {
-  constexpr int64_t lanes = Lanes<C>::count;
-  int64_t j = 0;
-  for (; j + J * lanes <= n; j += J * lanes)
-    columns<C, J>(a, a_row, a_inner, b + j, ldb, c + j, ldc, rows, inner, accumulate);
-  for (; j < n; j += lanes) columns<C, 1>(a, a_row, a_inner, b + j, ldb, c + j, ldc, rows, inner, accumulate);
-}
-
-// c (rows, n) (+)= a b: a(r, i) = a[r a_row + i a_inner], b (inner, n) and c in rows of whole vectors. Two vectors of
-// columns at a time where there are registers for 6 x 2 sums of 64 bytes.
+// c (rows, n) (+)= a b: a(r, i) = a[r a_row + i a_inner], b (inner, n) and c in rows of whole vectors.
 template <class C>
 struct Operands {
   const C* a;
@@ -82,80 +69,140 @@ struct Operands {
   int64_t ldc, rows, n, inner;
   bool accumulate;
 };
-template <class C>
-HYPERSD_INLINE void product_any(const Operands<C>& o, bool many) {
-  many ? product_of<C, 2>(o.a, o.a_row, o.a_inner, o.b, o.ldb, o.c, o.ldc, o.rows, o.n, o.inner, o.accumulate)
-       : product_of<C, 1>(o.a, o.a_row, o.a_inner, o.b, o.ldb, o.c, o.ldc, o.rows, o.n, o.inner, o.accumulate);
-}
-HYPERSD_INLINE void product_float_body(const Operands<float>& o, bool many) { product_any(o, many); }
-HYPERSD_INLINE void product_double_body(const Operands<double>& o, bool many) { product_any(o, false); }
-HYPERSD_KERNEL(product_float, (const Operands<float>& o, bool many), (o, many))
-HYPERSD_KERNEL(product_double, (const Operands<double>& o, bool many), (o, many))
-void product(const Operands<float>& o) { product_float(o, isa() >= Isa::avx512); }
-void product(const Operands<double>& o) { product_double(o, false); }
-
-// e^x for x <= 0 (Cody and Waite's reduction, a minimax polynomial of degree 6; NaN stays NaN).
-HYPERSD_INLINE void exponentials(float* x, float high, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = x[i] - high, magic = 12582912.0f;
-    const float shifted = t * 1.44269504088896341f + magic, k = shifted - magic;
-    const float r = (t - k * 0.693359375f) - k * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t power = (float_to_bits(shifted) - float_to_bits(magic) + 127u) << 23;
-    x[i] = t < -87.0f ? 0.0f : p * bits_to_float(power);
+template <class C, int W, int J>
+HYPERSD_INLINE void columns(const Operands<C>& o, int64_t column) {
+  const C *a = o.a, *const b = o.b + column;
+  C* c = o.c + column;
+  int64_t r = 0;
+  for (; r + kRows <= o.rows; r += kRows, a += kRows * o.a_row, c += kRows * o.ldc)
+    micro<C, W, kRows, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate);
+  switch (o.rows - r) {
+    case 5: micro<C, W, 5, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate); break;
+    case 4: micro<C, W, 4, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate); break;
+    case 3: micro<C, W, 3, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate); break;
+    case 2: micro<C, W, 2, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate); break;
+    case 1: micro<C, W, 1, J>(a, o.a_row, o.a_inner, b, o.ldb, c, o.ldc, o.inner, o.accumulate); break;
+    default: break;
   }
 }
-HYPERSD_INLINE void exponentials(double* x, double high, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i] - high);
+// Four vectors of columns at a time where there are registers for 6 x 4 sums, else two; none alone at the end of five, where
+// a sum would wait for itself.
+template <class C, int W>
+HYPERSD_INLINE void product_of(const Operands<C>& o) {
+  constexpr int64_t lanes = Lanes<C, W>::count;
+  if constexpr (W < 64) {  // n is padded to vectors of 64 bytes
+    for (int64_t j = 0; j < o.n; j += 2 * lanes) columns<C, W, 2>(o, j);
+  } else {
+    for (int64_t j = 0, left = o.n / lanes, take; left > 0; j += take * lanes, left -= take) {
+      take = left == 5 ? 3 : left < 4 ? left : 4;
+      switch (take) {
+        case 4: columns<C, W, 4>(o, j); break;
+        case 3: columns<C, W, 3>(o, j); break;
+        case 2: columns<C, W, 2>(o, j); break;
+        default: columns<C, W, 1>(o, j);
+      }
+    }
+  }
+}
+template <int W>
+HYPERSD_INLINE void product_float_body(const Operands<float>& o) { product_of<float, W>(o); }
+template <int W>
+HYPERSD_INLINE void product_double_body(const Operands<double>& o) { product_of<double, W>(o); }
+HYPERSD_VECTOR_KERNEL(product_float, (const Operands<float>& o), (o))
+HYPERSD_VECTOR_KERNEL(product_double, (const Operands<double>& o), (o))
+void product(const Operands<float>& o) { product_float(o); }
+void product(const Operands<double>& o) { product_double(o); }
+
+// join over N lanes, by halves.
+template <int N, class C, class F>
+HYPERSD_INLINE C over_lanes(const C* lanes, const F& join) {
+  if constexpr (N == 2) {
+    return join(lanes[0], lanes[1]);
+  } else {
+    constexpr int W = N / 2 * sizeof(C);
+    const Vec<C, W> joined = join(vector_at<W>(lanes), vector_at<W>(lanes + N / 2));
+    return over_lanes<N / 2>(reinterpret_cast<const C*>(&joined), join);
+  }
+}
+template <class C, int W, class F>
+HYPERSD_INLINE C over_lanes(const Vec<C, W>& v, const F& join) {
+  return over_lanes<Lanes<C, W>::count>(reinterpret_cast<const C*>(&v), join);
+}
+struct Larger {
+  template <class T>
+  HYPERSD_INLINE T operator()(T a, T b) const { return a > b ? a : b; }
+};
+struct Sum {
+  template <class T>
+  HYPERSD_INLINE T operator()(T a, T b) const { return a + b; }
+};
+
+// e^t for t <= 0 (Cody and Waite's reduction, a minimax polynomial of degree 6; NaN stays NaN).
+template <int W>
+HYPERSD_INLINE Vec<float, W> exponential(Vec<float, W> t) {
+  const Vec<float, W> magic = Vec<float, W>{} + 12582912.0f;
+  const Vec<float, W> shifted = t * 1.44269504088896341f + magic, k = shifted - magic;
+  const Vec<float, W> r = (t - k * 0.693359375f) - k * -2.12194440e-4f;
+  Vec<float, W> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Vec<int32_t, W> power, zero;
+  std::memcpy(&power, &shifted, W);
+  std::memcpy(&zero, &magic, W);
+  power = (power - zero + 127) << 23;
+  Vec<float, W> scale;
+  std::memcpy(&scale, &power, W);
+  return t < -87.0f ? Vec<float, W>{} : p * scale;
+}
+template <int W>
+HYPERSD_INLINE Vec<double, W> exponential(Vec<double, W> t) {
+  for (int l = 0; l < Lanes<double, W>::count; ++l) t[l] = std::exp(t[l]);
+  return t;
 }
 
 // Scores to exponentials in place, zeros from `keys` to `width`; returns 1 / their sum.
-template <class C>
+template <class C, int W>
 HYPERSD_INLINE C softmax_row(C* s, int64_t keys, int64_t width) {
-  constexpr int64_t lanes = Lanes<C>::count;
+  constexpr int64_t lanes = Lanes<C, W>::count;
   const C low = -std::numeric_limits<C>::infinity();
   for (int64_t j = keys; j < width; ++j) s[j] = low;
-  C part[lanes], sum[lanes], high = low, total = 0;
-  for (int64_t l = 0; l < lanes; ++l) part[l] = low, sum[l] = 0;
-  for (int64_t j = 0; j < width; j += lanes)
-    for (int64_t l = 0; l < lanes; ++l) part[l] = s[j + l] > part[l] ? s[j + l] : part[l];
-  for (int64_t l = 0; l < lanes; ++l) high = part[l] > high ? part[l] : high;
-  exponentials(s, high, width);
+  Vec<C, W> highs = Vec<C, W>{} + low, sums{};
+  for (int64_t j = 0; j < width; j += lanes) highs = Larger{}(vector_at<W>(s + j), highs);
+  const C high = over_lanes<C, W>(highs, Larger{});
+  for (int64_t j = 0; j < width; j += lanes) {
+    const Vec<C, W> e = exponential<W>(vector_at<W>(s + j) - high);
+    sums += e;
+    std::memcpy(s + j, &e, W);
+  }
   for (int64_t j = keys; j < width; ++j) s[j] = 0;
-  for (int64_t j = 0; j < width; j += lanes)
-    for (int64_t l = 0; l < lanes; ++l) sum[l] += s[j + l];
-  for (int64_t l = 0; l < lanes; ++l) total += sum[l];
-  return C(1) / total;
+  return C(1) / over_lanes<C, W>(sums, Sum{});
 }
 
 // Rows of scores to unnormalised probabilities, and the factors that normalise them.
-template <class C>
+template <class C, int W>
 HYPERSD_INLINE void softmax_rows(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {
-  for (int64_t i = 0; i < rows; ++i) norm[i] = softmax_row<C>(s + i * width, keys, width);
+  for (int64_t i = 0; i < rows; ++i) norm[i] = softmax_row<C, W>(s + i * width, keys, width);
 }
 // Rows of scores and of dP to P and dS = P * (dP - rowsum(P * dP)).
-template <class C>
+template <class C, int W>
 HYPERSD_INLINE void slope_rows(C* s, C* slopes, int64_t rows, int64_t keys, int64_t width) {
-  constexpr int64_t lanes = Lanes<C>::count;
-  for (int64_t i = 0; i < rows; ++i) {
-    C* HYPERSD_RESTRICT row = s + i * width;
-    C* HYPERSD_RESTRICT slope = slopes + i * width;
-    const C norm = softmax_row<C>(row, keys, width);
-    C part[lanes], mean = 0;
-    for (int64_t l = 0; l < lanes; ++l) part[l] = 0;
-    for (int64_t j = 0; j < width; j += lanes)
-      for (int64_t l = 0; l < lanes; ++l) {
-        row[j + l] *= norm;
-        part[l] += row[j + l] * slope[j + l];
-      }
-    for (int64_t l = 0; l < lanes; ++l) mean += part[l];
-    for (int64_t j = 0; j < width; ++j) slope[j] = row[j] * (slope[j] - mean);
+  constexpr int64_t lanes = Lanes<C, W>::count;
+  for (int64_t i = 0; i < rows; ++i, s += width, slopes += width) {
+    const C norm = softmax_row<C, W>(s, keys, width);
+    Vec<C, W> sums{};
+    for (int64_t j = 0; j < width; j += lanes) {
+      const Vec<C, W> p = vector_at<W>(s + j) * norm;
+      sums += p * vector_at<W>(slopes + j);
+      std::memcpy(s + j, &p, W);
+    }
+    const C mean = over_lanes<C, W>(sums, Sum{});
+    for (int64_t j = 0; j < width; j += lanes) {
+      const Vec<C, W> slope = vector_at<W>(s + j) * (vector_at<W>(slopes + j) - mean);
+      std::memcpy(slopes + j, &slope, W);
+    }
   }
 }
 
@@ -181,10 +228,10 @@ HYPERSD_INLINE void put(const Heads& t, int64_t head, int64_t token, const C* ro
   }
 }
 
-// `count` tokens as rows of `ld`, times `factor`, zeros behind; and, if `across`, as columns of it.
+// `count` tokens as rows of `ld`, times `factor`, zeros behind.
 template <class C>
 HYPERSD_INLINE void pack_rows(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld,
-                         C* across, int64_t across_ld, C* buffer) {
+                              C* buffer) {
   const int64_t dim = t.view.size[3];
   for (int64_t i = 0; i < count; ++i) {
     C* HYPERSD_RESTRICT row = rows + i * ld;
@@ -193,10 +240,25 @@ HYPERSD_INLINE void pack_rows(const Heads& t, int64_t head, int64_t first, int64
       for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
     for (int64_t d = dim; d < ld; ++d) row[d] = 0;
   }
-  if (!across) return;
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int64_t i = 0; i < count; ++i) across[d * across_ld + i] = rows[i * ld + d];
-    for (int64_t i = count; i < across_ld; ++i) across[d * across_ld + i] = 0;
+}
+
+// The same tokens as columns of `width`, zeros behind; dimensions up to `ld`.
+template <class C>
+void turn(const C* rows, int64_t ld, int64_t count, C* columns, int64_t width) {
+#if HYPERSD_PRODUCTS
+  if constexpr (sizeof(C) == 4) {
+    if (isa() >= Isa::avx512) {
+      for (int64_t i = 0; i < width; i += kLanes)
+        for (int64_t d = 0; d < ld; d += kLanes)
+          transpose<Float32>(rows + i * ld + d, ld, count - i < kLanes ? count - i : kLanes,
+                             reinterpret_cast<int32_t*>(columns + d * width + i), width);
+      return;
+    }
+  }
+#endif
+  for (int64_t d = 0; d < ld; ++d) {
+    for (int64_t i = 0; i < count; ++i) columns[d * width + i] = rows[i * ld + d];
+    for (int64_t i = count; i < width; ++i) columns[d * width + i] = 0;
   }
 }
 
@@ -209,33 +271,34 @@ HYPERSD_INLINE void unpack_rows(const Heads& t, int64_t head, int64_t first, int
 
 // The same for each type, compiled for each instruction set.
 #define HYPERSD_FOR(C)                                                                                             \
+  template <int W>                                                                                                 \
   HYPERSD_INLINE void softmax_##C##_body(C* s, int64_t rows, int64_t keys, int64_t width, C* norm) {               \
-    softmax_rows<C>(s, rows, keys, width, norm);                                                                   \
+    softmax_rows<C, W>(s, rows, keys, width, norm);                                                                   \
   }                                                                                                                \
+  template <int W>                                                                                                 \
   HYPERSD_INLINE void slopes_##C##_body(C* s, C* ds, int64_t rows, int64_t keys, int64_t width) {                  \
-    slope_rows<C>(s, ds, rows, keys, width);                                                                       \
+    slope_rows<C, W>(s, ds, rows, keys, width);                                                                       \
   }                                                                                                                \
   HYPERSD_INLINE void pack_##C##_body(const Heads& t, int64_t head, int64_t first, int64_t count, C factor,        \
-                                      C* rows, int64_t ld, C* across, int64_t across_ld, C* buffer) {              \
-    pack_rows<C>(t, head, first, count, factor, rows, ld, across, across_ld, buffer);                              \
+                                      C* rows, int64_t ld, C* buffer) {                                            \
+    pack_rows<C>(t, head, first, count, factor, rows, ld, buffer);                                                 \
   }                                                                                                                \
   HYPERSD_INLINE void unpack_##C##_body(const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows, \
                                         int64_t ld, const C* factors, C factor, C* buffer) {                       \
     unpack_rows<C>(t, head, first, count, rows, ld, factors, factor, buffer);                                      \
   }                                                                                                                \
-  HYPERSD_KERNEL(softmax_##C, (C * s, int64_t rows, int64_t keys, int64_t width, C* norm),                         \
+  HYPERSD_VECTOR_KERNEL(softmax_##C, (C * s, int64_t rows, int64_t keys, int64_t width, C* norm),                         \
                  (s, rows, keys, width, norm))                                                                     \
-  HYPERSD_KERNEL(slopes_##C, (C * s, C * ds, int64_t rows, int64_t keys, int64_t width),                           \
+  HYPERSD_VECTOR_KERNEL(slopes_##C, (C * s, C * ds, int64_t rows, int64_t keys, int64_t width),                           \
                  (s, ds, rows, keys, width))                                                                       \
   HYPERSD_KERNEL(pack_##C, (const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows,         \
-                 int64_t ld, C* across, int64_t across_ld, C* buffer),                                             \
-                 (t, head, first, count, factor, rows, ld, across, across_ld, buffer))                             \
+                 int64_t ld, C* buffer), (t, head, first, count, factor, rows, ld, buffer))                        \
   HYPERSD_KERNEL(unpack_##C, (const Heads& t, int64_t head, int64_t first, int64_t count, const C* rows,           \
                  int64_t ld, const C* factors, C factor, C* buffer),                                               \
                  (t, head, first, count, rows, ld, factors, factor, buffer))                                       \
-  void pack(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld, C* across,  \
-            int64_t across_ld, C* buffer) {                                                                        \
-    pack_##C(t, head, first, count, factor, rows, ld, across, across_ld, buffer);                                  \
+  void pack(const Heads& t, int64_t head, int64_t first, int64_t count, C factor, C* rows, int64_t ld,             \
+            C* buffer) {                                                                                           \
+    pack_##C(t, head, first, count, factor, rows, ld, buffer);                                                     \
   }
 HYPERSD_FOR(float)
 HYPERSD_FOR(double)
@@ -256,10 +319,10 @@ using hypersd::unpack;
 
 template <class C>
 void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = Lanes<C>::count;
+  constexpr int64_t lanes = kWhole<C>;
   const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes), blocks = (p.queries + kQueries - 1) / kQueries;
-  Scratch<C> scratch(2 * p.keys * ld + p.dim * width + kQueries * (2 * ld + width) + ld + 8 * lanes);
-  C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *v = scratch.take(p.keys * ld);
+  Scratch<C> scratch(2 * p.keys * ld + ld * width + kQueries * (2 * ld + width) + ld + 8 * lanes);
+  C *kt = scratch.take(ld * width), *k = scratch.take(p.keys * ld), *v = scratch.take(p.keys * ld);
   C *q = scratch.take(kQueries * ld), *s = scratch.take(kQueries * width), *o = scratch.take(kQueries * ld);
   C *buffer = scratch.take(ld), norm[kQueries];
   int64_t packed = -1;
@@ -267,11 +330,12 @@ void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
     const int64_t head = task / blocks, first = task % blocks * kQueries;
     const int64_t rows = p.queries - first < kQueries ? p.queries - first : kQueries;
     if (head != packed) {
-      pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
-      pack(p.v, head, 0, p.keys, C(1), v, ld, nullptr, 0, buffer);
+      pack(p.k, head, 0, p.keys, C(1), k, ld, buffer);
+      pack(p.v, head, 0, p.keys, C(1), v, ld, buffer);
+      turn(k, ld, p.keys, kt, width);
       packed = head;
     }
-    pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, nullptr, 0, buffer);
+    pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, buffer);
     product(Operands<C>{q, ld, 1, kt, width, s, width, rows, width, p.dim, false});
     softmax(s, rows, p.keys, width, norm);
     product(Operands<C>{s, width, 1, v, ld, o, ld, rows, ld, p.keys, false});
@@ -281,20 +345,22 @@ void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
 
 template <class C>
 void backward_tasks(const Problem& p, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = Lanes<C>::count;
+  constexpr int64_t lanes = kWhole<C>;
   const int64_t width = padded(p.keys, lanes), ld = padded(p.dim, lanes);
-  Scratch<C> scratch(4 * p.keys * ld + 2 * p.dim * width + kQueries * (3 * ld + 2 * width) + ld + 16 * lanes);
-  C *kt = scratch.take(p.dim * width), *k = scratch.take(p.keys * ld), *dk = scratch.take(p.keys * ld);
-  C *vt = scratch.take(p.dim * width), *v = scratch.take(p.keys * ld), *dv = scratch.take(p.keys * ld);
+  Scratch<C> scratch(4 * p.keys * ld + 2 * ld * width + kQueries * (3 * ld + 2 * width) + ld + 16 * lanes);
+  C *kt = scratch.take(ld * width), *k = scratch.take(p.keys * ld), *dk = scratch.take(p.keys * ld);
+  C *vt = scratch.take(ld * width), *v = scratch.take(p.keys * ld), *dv = scratch.take(p.keys * ld);
   C *q = scratch.take(kQueries * ld), *dout = scratch.take(kQueries * ld), *dq = scratch.take(kQueries * ld);
   C *s = scratch.take(kQueries * width), *ds = scratch.take(kQueries * width), *buffer = scratch.take(ld);
   for (int64_t head = begin; head < end; ++head) {
-    pack(p.k, head, 0, p.keys, C(1), k, ld, kt, width, buffer);
-    pack(p.v, head, 0, p.keys, C(1), v, ld, vt, width, buffer);
+    pack(p.k, head, 0, p.keys, C(1), k, ld, buffer);
+    pack(p.v, head, 0, p.keys, C(1), v, ld, buffer);
+    turn(k, ld, p.keys, kt, width);
+    turn(v, ld, p.keys, vt, width);
     for (int64_t first = 0; first < p.queries; first += kQueries) {
       const int64_t rows = p.queries - first < kQueries ? p.queries - first : kQueries;
-      pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, nullptr, 0, buffer);
-      pack(*p.dout, head, first, rows, C(1), dout, ld, nullptr, 0, buffer);
+      pack(p.q, head, first, rows, static_cast<C>(p.scale), q, ld, buffer);
+      pack(*p.dout, head, first, rows, C(1), dout, ld, buffer);
       product(Operands<C>{q, ld, 1, kt, width, s, width, rows, width, p.dim, false});
       product(Operands<C>{dout, ld, 1, vt, width, ds, width, rows, width, p.dim, false});
       slopes(s, ds, rows, p.keys, width);

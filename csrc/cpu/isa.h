@@ -30,10 +30,10 @@ int set_isa(int level);    // -2: ask, -1: widest the CPU has, else at most this
 #else
 #define HYPERSD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")))
 #endif
-#define HYPERSD_KERNEL(NAME, PARAMETERS, ARGUMENTS)                     \
-  static void NAME##_baseline PARAMETERS { NAME##_body ARGUMENTS; }     \
-  HYPERSD_AVX2 static void NAME##_avx2 PARAMETERS { NAME##_body ARGUMENTS; }     \
-  HYPERSD_AVX512 static void NAME##_avx512 PARAMETERS { NAME##_body ARGUMENTS; } \
+#define HYPERSD_KERNEL_FOR(NAME, PARAMETERS, ARGUMENTS, BODY16, BODY32, BODY64) \
+  static void NAME##_baseline PARAMETERS { BODY16 ARGUMENTS; }          \
+  HYPERSD_AVX2 static void NAME##_avx2 PARAMETERS { BODY32 ARGUMENTS; } \
+  HYPERSD_AVX512 static void NAME##_avx512 PARAMETERS { BODY64 ARGUMENTS; } \
   static void NAME PARAMETERS {                                         \
     switch (hypersd::isa()) {                                           \
       case hypersd::Isa::amx:                                           \
@@ -43,6 +43,11 @@ int set_isa(int level);    // -2: ask, -1: widest the CPU has, else at most this
     }                                                                   \
   }
 #else
-#define HYPERSD_KERNEL(NAME, PARAMETERS, ARGUMENTS) \
-  static void NAME PARAMETERS { NAME##_body ARGUMENTS; }
+#define HYPERSD_KERNEL_FOR(NAME, PARAMETERS, ARGUMENTS, BODY16, BODY32, BODY64) \
+  static void NAME PARAMETERS { BODY16 ARGUMENTS; }
 #endif
+#define HYPERSD_KERNEL(NAME, PARAMETERS, ARGUMENTS) \
+  HYPERSD_KERNEL_FOR(NAME, PARAMETERS, ARGUMENTS, NAME##_body, NAME##_body, NAME##_body)
+// The body is a template over the bytes of a vector, for loops that name their vectors.
+#define HYPERSD_VECTOR_KERNEL(NAME, PARAMETERS, ARGUMENTS) \
+  HYPERSD_KERNEL_FOR(NAME, PARAMETERS, ARGUMENTS, NAME##_body<16>, NAME##_body<32>, NAME##_body<64>)

@@ -29,8 +29,8 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 NATIVE = ("rows", "rows_fold")
 MAX_DISTANCE = 2.0  # powers of two, summed over M, K, N, r: a measured row farther away than this is not used
 
-# Microseconds that a pass over several products of ATen takes beside them, and a call of rows does not: Python, dispatch
-# and tensors in between. Measured on a 32x256x128 layer; the tables have the products alone.
+# Microseconds that a pass over several products of ATen takes beside them, and a call of rows does not: Python,
+# dispatch, tensors in between. Measured on a 32x256x128 layer; the tables have the products alone.
 COMPOSING = 12.0
 
 # Rough rates for shapes that no row is near: FLOP/s, bytes/s, seconds per product.
