@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -63,10 +64,11 @@ struct Sums {
   float* rows(int64_t first) const { return reinterpret_cast<float*>(reinterpret_cast<char*>(data) + first * stride); }
 };
 
-// out = start + chunks: M tiles of rows and V of columns. `start` without data is zero, with a stride of 0 one row for all.
+// out = start + chunks, from `column` of them on: M tiles of rows and V of columns. `start` without data is zero, with a stride
+// of 0 one row for all.
 template <int M, int V>
-HYPERSD_AMX void sum_tiles(const char* left0, const char* left1, const Chunk* chunks, int64_t count, int64_t stride,
-                           const Sums& start, const Sums& out) {
+HYPERSD_AMX void sum_tiles(const char* left0, const char* left1, const Chunk* chunks, int64_t count, int64_t column,
+                           int64_t stride, const Sums& start, const Sums& out) {
   if (start.data) {
     _tile_loadd(0, start.data, start.stride);
     if (V > 1) _tile_loadd(1, start.data + kLanes, start.stride);
@@ -79,7 +81,7 @@ HYPERSD_AMX void sum_tiles(const char* left0, const char* left1, const Chunk* ch
     if (M > 1 && V > 1) _tile_zero(3);
   }
   for (int64_t c = 0; c < count; ++c) {
-    const int32_t* const right = chunks[c].right;
+    const int32_t* const right = chunks[c].right + column;
     const int64_t at = chunks[c].index * kTileBytes;
     _tile_loadd(6, right, stride);
     _tile_loadd(4, left0 + at, 64);
@@ -147,34 +149,41 @@ class TiledRows {
       m_.tiles.resize(size);
     m_.copied.assign(parts, 0);
     m_.present.assign(tiles_ * parts, 0);
-    m_.chunks.resize(m_.first[parts]);
+    m_.chunks.resize((tiles_ + 1) / 2 * m_.first[parts]);
+    m_.kept.resize((tiles_ + 1) / 2);
     m_.ends.resize(parts * kTileRows * kPanel);
   }
 
   // out = start + segments from `from` on x packed: `multiply` of products.h.
-  HYPERSD_AMX void multiply(int64_t from, const int32_t* packed, int64_t columns, const float* start, char* const* out,
-                            float scale, bool add) {
+  HYPERSD_AMX void multiply(int64_t from, const int32_t* packed, int64_t column, int64_t columns, const float* start,
+                            char* const* out, float scale, bool add) {
+    const int64_t end = column + columns;
     int64_t units = 0;
     for (int64_t s = from; s < parts_; ++s) units += segments_[s].units, copy(s);
     alignas(64) float sums[32 * 32];
     const Tiles configured;
-    for (int64_t c = 0; c < columns; c += kPanel, packed += units * kPanel) {
-      const int64_t width = columns - c < kPanel ? columns - c : kPanel, lanes = padded(width);
-      for (int64_t t = 0; t < tiles_; t += 2) {
-        const bool both = t + 1 < tiles_;
-        const int64_t kept = list(from, t, packed, lanes);
-        const char* const left = m_.tiles.data() + t * m_.first[parts_] * kTileBytes;
-        const int64_t rows = count_ - t * kTileRows < 2 * kTileRows ? count_ - t * kTileRows : 2 * kTileRows;
-        for (int64_t half = 0; half < width; half += 32) {
-          const int64_t some = width - half < 32 ? width - half : 32;
-          for (int64_t n = 0; half && n < kept; ++n) m_.chunks[n].right += 32;
-          const Sums from_here{start ? const_cast<float*>(start) + c + half : nullptr, 0};
-          sum_tiles_for(both, some > kLanes)(left, left + m_.first[parts_] * kTileBytes, m_.chunks.data(), kept,
-                                             4 * lanes, from_here, {sums, 4 * 32});
-          for (int64_t i = 0; i < rows; ++i)
-            store_row(sums + 32 * i, out[t * kTileRows + i], c + half, some, scale, add);
-        }
-      }
+    for (int64_t c = column; c < end; c += kPanel, packed += units * kPanel) {
+      const int64_t width = end - c < kPanel ? end - c : kPanel, lanes = padded(width);
+      int64_t most = 1;
+      for (int64_t t = 0; t < tiles_; t += 2) most = std::max(most, m_.kept[t / 2] = list(from, t, packed, lanes));
+      if (most > kStretch) m_.totals.resize((tiles_ + 1) / 2 * 2 * kTileRows * kPanel);
+      for (int64_t begin = 0; begin < most; begin += kStretch)
+        for (int64_t half = 0; half < width; half += 32)
+          for (int64_t t = 0; t < tiles_; t += 2) {
+            const int64_t kept = m_.kept[t / 2], number = std::min(kStretch, kept - begin);
+            if (begin > 0 && number <= 0) continue;
+            const char* const left = m_.tiles.data() + t * m_.first[parts_] * kTileBytes;
+            const int64_t some = width - half < 32 ? width - half : 32;
+            const bool ends = begin + kStretch >= kept;
+            const Sums total{m_.totals.data() + t * kTileRows * kPanel + half, 4 * kPanel};
+            const Sums bias{start ? const_cast<float*>(start) + c + half : nullptr, 0}, last{sums, 4 * 32};
+            sum_tiles_for(t + 1 < tiles_, some > kLanes)(left, left + m_.first[parts_] * kTileBytes,
+                                                         chunks_from(t) + begin, number, half, 4 * lanes,
+                                                         begin ? total : bias, ends ? last : total);
+            const int64_t rows = count_ - t * kTileRows < 2 * kTileRows ? count_ - t * kTileRows : 2 * kTileRows;
+            for (int64_t i = 0; ends && i < rows; ++i)
+              store_row(sums + 32 * i, out[t * kTileRows + i], c + half, some, scale, add);
+          }
     }
   }
 
@@ -184,13 +193,19 @@ class TiledRows {
     std::vector<int64_t> first;  // each segment's first chunk, and how many there are
     std::vector<char> copied;    // by segment
     std::vector<char> present;   // [tile of rows][segment]: 0 where all rows are zero and nothing was copied
-    std::vector<Chunk> chunks;   // of one panel
+    std::vector<Chunk> chunks;   // [two tiles of rows] of one panel
+    std::vector<int64_t> kept;   // how many of them
+    std::vector<float> totals;   // [row][column of a panel], between stretches
     std::vector<int32_t> ends;   // each segment's last, incomplete tile of a panel
   };
   static Memory& memory() {
     static thread_local Memory kept;
     return kept;
   }
+  // Chunks whose half panel stays in the first cache while all rows meet it.
+  static constexpr int64_t kStretch = 16;
+
+  Chunk* chunks_from(int64_t t) { return m_.chunks.data() + t / 2 * m_.first[parts_]; }
   static int64_t chunks_of(const Segment& s) { return (s.units + kLanes - 1) / kLanes; }
   char* tile(int64_t t, int64_t s) { return m_.tiles.data() + (t * m_.first[parts_] + m_.first[s]) * kTileBytes; }
 
@@ -221,7 +236,7 @@ class TiledRows {
       if (!first) std::memset(tile(t, s), 0, number * kTileBytes), first = 1;
       if (!second) std::memset(tile(last, s), 0, number * kTileBytes), second = 1;
       for (int64_t n = 0; n < number; ++n)
-        m_.chunks[kept++] = {rest && n == number - 1 ? end : panel + n * kLanes * lanes, m_.first[s] + n};
+        chunks_from(t)[kept++] = {rest && n == number - 1 ? end : panel + n * kLanes * lanes, m_.first[s] + n};
     }
     return kept;
   }
@@ -265,12 +280,12 @@ class LeftSide {
 #endif
   }
   // `multiply` of products.h, of the segments from `from` on.
-  void times(const int32_t* packed, int64_t columns, const float* start, char* const* out, float scale,
+  void times(const int32_t* packed, int64_t column, int64_t columns, const float* start, char* const* out, float scale,
              int64_t from = 0, bool add = false) {
 #if HYPERSD_TILES
-    if (tiled_) return tiled_->multiply(from, packed, columns, start, out, scale, add);
+    if (tiled_) return tiled_->multiply(from, packed, column, columns, start, out, scale, add);
 #endif
-    multiply<E>(segments_ + from, parts_ - from, count_, zero_, packed, columns, start, out, scale, add);
+    multiply<E>(segments_ + from, parts_ - from, count_, zero_, packed, column, columns, start, out, scale, add);
   }
 
  private:

@@ -107,11 +107,11 @@ HYPERSD_AMX void product_tiles(const Words& o) {
       for (int64_t i = 0; i < rows && o.accumulate && !whole; ++i)
         std::memcpy(buffer.rows(i), target.rows(i), wide ? 128 : 64);
       const auto sum = sum_tiles_for(rows > 16, wide);
-      sum(from, from + number * kTileBytes, chunks.data(), number - (rest > 0), 4 * o.ldb,
+      sum(from, from + number * kTileBytes, chunks.data(), number - (rest > 0), 0, 4 * o.ldb,
           o.accumulate ? out : Sums{nullptr, 0}, out);
       if (rest) {
         const Chunk last{end.data() + column, number - 1};
-        sum(from, from + number * kTileBytes, &last, 1, 4 * o.n, out, out);
+        sum(from, from + number * kTileBytes, &last, 1, 0, 4 * o.n, out, out);
       }
       for (int64_t i = 0; i < rows && !whole; ++i) std::memcpy(target.rows(i), buffer.rows(i), wide ? 128 : 64);
     }

@@ -5,7 +5,9 @@
 //
 // A linear layer is a convolution of 1 x 1 pixels. Pixels are rows of channels (channels last), so that a convolution is
 // a product whose left rows are gathered: nothing is unfolded. The adapter may be float32 beside bfloat16 weights.
+#include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <vector>
 
 #include "amx.h"
@@ -139,7 +141,7 @@ void pack_folded(const Shape& s, const View& w, const View& a, const View& b, fl
       out[k] = reinterpret_cast<char*>(panel + k * width);
     }
     const Segment segment{left.data(), s.rank, 4 * update.column_stride};
-    multiply<Float32>(&segment, 1, s.in, nullptr, right.data(), width, nullptr, out.data(), 1.0f, true);
+    multiply<Float32>(&segment, 1, s.in, nullptr, right.data(), 0, width, nullptr, out.data(), 1.0f, true);
   }
 }
 
@@ -152,11 +154,15 @@ void pack_narrow(const std::vector<Matrix>& parts, int64_t columns, int32_t* out
 // What a thread's second cache keeps of one side of a product beside the other.
 constexpr int64_t kCache = int64_t{1} << 20;
 
-// Whether less memory moves if panels of columns, packed by whoever needs them, meet all rows (the left side is read once a
-// panel, if no cache keeps it) than if blocks of rows meet a packed weight (written and read, and read again by every block).
-bool panels_first(int64_t left_bytes, int64_t right_bytes, int64_t rows, int64_t columns) {
-  const int64_t panels = (columns + kPanel - 1) / kPanel, blocks = (rows + kBlock - 1) / kBlock;
-  const int64_t by_panels = left_bytes > kCache ? left_bytes * panels : 0;
+// Whether panels of columns, packed by whoever needs them, are to meet all rows, or blocks of rows the whole packed weight: what
+// moves less memory. By panels the left side is read once a panel, if no cache keeps it; by blocks the packed weight is
+// written and read, and read again by every block, if no cache keeps that. Tiles are copies of the left side: by panels where
+// they are small, and small beside the weight.
+template <class E>
+bool panels_first(int64_t left_bytes, int64_t units, int64_t rows, int64_t columns) {
+  const int64_t right_bytes = 4 * units * columns, blocks = (rows + kBlock - 1) / kBlock;
+  if (tiled<E>()) return 4 * units * rows <= std::min(kCache, right_bytes / 2);
+  const int64_t by_panels = left_bytes > kCache ? left_bytes * ((columns + kPanel - 1) / kPanel) : 0;
   return by_panels <= right_bytes * (right_bytes > kCache ? 3 + blocks : 3);
 }
 
@@ -164,25 +170,28 @@ bool panels_first(int64_t left_bytes, int64_t right_bytes, int64_t rows, int64_t
 // that stays in its second cache. table[part][row] has the rows of the left side, and last those of the result.
 template <class E, class Pack>
 void by_panels(const std::vector<Segment>& parts, int64_t rows, int64_t columns, const char* const* table,
-               const char* zero, const float* start, float scale, const Pack& pack_one) {
+               const char* zero, const float* start, const Pack& pack_one) {
   int64_t units = 0;
   for (const Segment& part : parts) units += part.units;
-  const int64_t count = static_cast<int64_t>(parts.size());
-  const int64_t blocks = (rows + kBlock - 1) / kBlock, tasks = blocks * ((columns + kPanel - 1) / kPanel);
+  const int64_t count = static_cast<int64_t>(parts.size()), block = tiled<E>() ? rows : kBlock;
+  const int64_t blocks = rows ? (rows + block - 1) / block : 0, tasks = blocks * ((columns + kPanel - 1) / kPanel);
   const auto run = [&](int64_t begin, int64_t end) {
     Scratch scratch(Use::panel, Scratch::room<int32_t>(units * kPanel));
     int32_t* const panel = scratch.take<int32_t>(units * kPanel);
     std::vector<Segment> segments(parts);
-    for (int64_t task = begin, packed = -1; task < end; ++task) {
+    std::optional<LeftSide<E>> left;
+    for (int64_t task = begin, packed = -1, at = -1; task < end; ++task) {
       const int64_t column = task / blocks * kPanel, width = columns - column < kPanel ? columns - column : kPanel;
-      const int64_t first = task % blocks * kBlock, some = rows - first < kBlock ? rows - first : kBlock;
+      const int64_t first = task % blocks * block, some = rows - first < block ? rows - first : block;
       if (packed != column) pack_one(column, width, panel), packed = column;
-      for (int64_t s = 0; s < count; ++s) segments[s].rows = table + s * rows + first;
-      char* const* const out = const_cast<char* const*>(table + count * rows + first);
-      multiply_panel<E>(segments.data(), count, some, zero, panel, column, width, start, out, scale, false);
+      if (at != first) {
+        for (int64_t s = 0; s < count; ++s) segments[s].rows = table + s * rows + first;
+        left.emplace(segments.data(), count, some, zero), at = first;
+      }
+      left->times(panel, column, width, start, const_cast<char* const*>(table + count * rows + first), 1.0f);
     }
   };
-  const int64_t each = 2 * units * E::per * kPanel * (rows < kBlock ? rows : kBlock), grain = 3000000 / (each + 1) + 1;
+  const int64_t each = 2 * units * E::per * kPanel * (rows < block ? rows : block), grain = 3000000 / (each + 1) + 1;
   if (tasks > grain) torch::stable::parallel_for(0, tasks, grain, run);
   else run(0, tasks);
 }
@@ -204,7 +213,7 @@ void forward(const Shape& s, const View& x, const View& w, const std::optional<T
   const int64_t count_of_parts = first_tap + taps, listed = count_of_parts + 1;  // the rows of y come last
   const int64_t units = units_of<E>(wide);
   // S and y of a block of rows, which tiles copy once; or S of all rows, then y by panels
-  const bool blocks = tiled<E>() || !panels_first(x.numel * item, 4 * units * s.out, rows, s.out);
+  const bool blocks = !panels_first<E>(x.numel * item, units, rows, s.out);
   const int64_t narrow_size = fold ? 0 : units_of<E>(narrow) * padded(s.rank);
   const int64_t wide_size = blocks ? units * padded(s.out) : 0;
   const int64_t s_size = kept || fold ? 0 : rows * s.rank;
@@ -239,10 +248,10 @@ void forward(const Shape& s, const View& x, const View& w, const std::optional<T
     }
     const auto out = [&](int64_t part) { return const_cast<char* const*>(table + part * rows + first); };
     LeftSide<E> left(segments.data(), count_of_parts, count, zero);
-    if (!fold) left.times(packed_a, s.rank, nullptr, out(0), scale, 1);
-    if (blocks) left.times(packed_w, s.out, start, out(count_of_parts), 1.0f);
+    if (!fold) left.times(packed_a, 0, s.rank, nullptr, out(0), scale, 1);
+    if (blocks) left.times(packed_w, 0, s.out, start, out(count_of_parts), 1.0f);
   });
-  if (!blocks) by_panels<E>(parts, rows, s.out, table, zero, start, 1.0f, pack_w);
+  if (!blocks) by_panels<E>(parts, rows, s.out, table, zero, start, pack_w);
 }
 
 // rows (count, columns) of elements as units of the row dimension: [ceil(count / per)][columns].
@@ -307,7 +316,7 @@ void outer(const int32_t* left, int64_t across, int64_t step, int64_t rank, int6
     for (int64_t i = 0; i < rank; ++i)
       lefts[i] = reinterpret_cast<const char*>(left + i * across + m / E::per * step);
     const Segment segment{lefts.data(), units, 4 * step};
-    LeftSide<E>(&segment, 1, rank, nullptr).times(right, columns, nullptr, totals.data(), 1.0f, 0, true);
+    LeftSide<E>(&segment, 1, rank, nullptr).times(right, 0, columns, nullptr, totals.data(), 1.0f, 0, true);
   }
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t j = 0; j < columns; ++j) store(i, column + j, total[i * kPanel + j]);
@@ -328,7 +337,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
   const bool again = da && !kept;  // S = conv(x, a) was not kept
   const int64_t shrink_size = units_of<E>(shrink) * padded(s.rank), units = units_of<E>(wide);
   const int64_t narrow_size = again ? units_of<E>(narrow) * padded(s.rank) : 0;
-  const bool blocks = tiled<E>() || !panels_first(dy.numel * item, 4 * units * s.in, s.sources(), s.in);
+  const bool blocks = !panels_first<E>(dy.numel * item, units, s.sources(), s.in);
   const int64_t wide_size = dx && blocks ? units * padded(s.in) : 0;
   const int64_t sources = s.sources(), table_size = dx ? (2 * taps + 1) * sources : 0;
   const int64_t narrow_rows_size = rows * s.rank, pitch = (rows + 1) / 2, pairs = pitch * s.rank;
@@ -367,7 +376,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
       s_rows[i] = (kept ? const_cast<char*>(kept) : computed) + (first + i) * s.rank * item;
     }
     const Segment of_dy{left, units_of<E>(shrink), 4};
-    LeftSide<E>(&of_dy, 1, count, zero).times(packed_b, s.rank, nullptr, ds_rows, scale);
+    LeftSide<E>(&of_dy, 1, count, zero).times(packed_b, 0, s.rank, nullptr, ds_rows, scale);
     if (again) {
       std::vector<const char*> gathered(taps * kBlock);
       std::vector<Segment> segments(taps);
@@ -378,7 +387,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         }
         segments[t] = {gathered.data() + t * kBlock, units_of<E>(narrow[t]), 4};
       }
-      LeftSide<E>(segments.data(), taps, count, zero).times(packed_a, s.rank, nullptr, s_rows, scale);
+      LeftSide<E>(segments.data(), taps, count, zero).times(packed_a, 0, s.rank, nullptr, s_rows, scale);
     }
     if (paired) {
       across_rows(ds_rows, count, s.rank, zero, pitch, ds_units + first / 2);
@@ -410,9 +419,9 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
       std::vector<Segment> segments(parts);
       for (int64_t p = 0; p < 2 * taps; ++p) segments[p].rows = table + p * sources + first;
       char* const* const out = const_cast<char* const*>(table + 2 * taps * sources + first);
-      LeftSide<E>(segments.data(), 2 * taps, count, zero).times(packed_w, s.in, nullptr, out, 1.0f);
+      LeftSide<E>(segments.data(), 2 * taps, count, zero).times(packed_w, 0, s.in, nullptr, out, 1.0f);
     });
-    if (!blocks) by_panels<E>(parts, sources, s.in, table, zero, nullptr, 1.0f, pack_w);
+    if (!blocks) by_panels<E>(parts, sources, s.in, table, zero, nullptr, pack_w);
   }
 
   if (da) {

@@ -159,38 +159,30 @@ Tile tile_for(int64_t rows, int64_t vectors) {
   return table[vectors - 1][rows - 1];
 }
 
-// out (count rows) = start + segments x one packed panel, `width` columns from `column` on. `start` has a number for each
-// column, those that fill the last panel too. A stretch of the panel stays in the first cache while a block of rows meets it.
-template <class E>
-inline void multiply_panel(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* panel,
-                           int64_t column, int64_t width, const float* start, char* const* out, float scale, bool add) {
-  alignas(64) float totals[kBlock * kPanel];
-  int64_t units = 0;
-  for (int64_t s = 0; s < parts; ++s) units += segments[s].units;
-  const Target target{out, column, width, scale, add};
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t last = first + kBlock < count ? first + kBlock : count;
-    for (int64_t from = 0; from == 0 || from < units; from += kSum) {
-      const Stretch stretch{from, from + kSum < units ? from + kSum : units, from == 0, from + kSum >= units};
-      for (int64_t m = first; m < last; m += kGroup) {
-        const int64_t rows = last - m < kGroup ? last - m : kGroup;
-        tile_for<E>(rows, (width + kLanes - 1) / kLanes)(segments, parts, m, stretch, zero, panel,
-                                                         start ? start + column : nullptr,
-                                                         totals + (m - first) * kPanel, target);
-      }
-    }
-  }
-}
-
-// The same of all columns, panels one after the other.
+// out (count rows) = start + segments x packed, `columns` columns from `column` on, panels one after the other. `start` has a
+// number for each column, those that fill the last panel too. A stretch of a panel stays in the first cache while a block of
+// rows meets it.
 template <class E>
 inline void multiply(const Segment* segments, int64_t parts, int64_t count, const char* zero, const int32_t* packed,
-                     int64_t columns, const float* start, char* const* out, float scale, bool add = false) {
+                     int64_t column, int64_t columns, const float* start, char* const* out, float scale, bool add) {
+  alignas(64) float totals[kBlock * kPanel];
+  const int64_t end = column + columns;
   int64_t units = 0;
   for (int64_t s = 0; s < parts; ++s) units += segments[s].units;
-  for (int64_t c = 0; c < columns; c += kPanel, packed += units * kPanel) {
-    const int64_t width = columns - c < kPanel ? columns - c : kPanel;
-    multiply_panel<E>(segments, parts, count, zero, packed, c, width, start, out, scale, add);
+  for (int64_t c = column; c < end; c += kPanel, packed += units * kPanel) {
+    const int64_t width = end - c < kPanel ? end - c : kPanel, vectors = (width + kLanes - 1) / kLanes;
+    const Target target{out, c, width, scale, add};
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t last = first + kBlock < count ? first + kBlock : count;
+      for (int64_t from = 0; from == 0 || from < units; from += kSum) {
+        const Stretch stretch{from, from + kSum < units ? from + kSum : units, from == 0, from + kSum >= units};
+        for (int64_t m = first; m < last; m += kGroup) {
+          const int64_t rows = last - m < kGroup ? last - m : kGroup;
+          tile_for<E>(rows, vectors)(segments, parts, m, stretch, zero, packed, start ? start + c : nullptr,
+                                     totals + (m - first) * kPanel, target);
+        }
+      }
+    }
   }
 }
 

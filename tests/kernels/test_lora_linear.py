@@ -199,7 +199,7 @@ def test_a_float32_adapter_is_not_rounded_on_the_way():
 
 
 @pytest.mark.parametrize("rank", [4, 33, 130])
-@pytest.mark.parametrize("rows", [1, 5, 97, 700])
+@pytest.mark.parametrize("rows", [1, 5, 97, 700, 4200])  # the last: more than the second cache keeps
 @pytest.mark.parametrize("k", [18, 300])
 def test_any_size_fills_whole_tiles(rows, k, rank, monkeypatch):
     """Rows, columns, ranks and sums around the sizes of tiles, panels and blocks; forward (folded too), backward."""
