@@ -10,6 +10,10 @@
 #include "attention.h"
 #include "products.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors as results: everything here is inlined, no call has an ABI
+#endif
+
 namespace hypersd {
 namespace {
 
@@ -130,16 +134,16 @@ HYPERSD_INLINE C over_lanes(const Vec<C, W>& v, const F& join) {
 }
 struct Larger {
   template <class T>
-  HYPERSD_INLINE T operator()(T a, T b) const { return a > b ? a : b; }
+  HYPERSD_INLINE T operator()(const T& a, const T& b) const { return a > b ? a : b; }
 };
 struct Sum {
   template <class T>
-  HYPERSD_INLINE T operator()(T a, T b) const { return a + b; }
+  HYPERSD_INLINE T operator()(const T& a, const T& b) const { return a + b; }
 };
 
 // e^t for t <= 0 (Cody and Waite's reduction, a minimax polynomial of degree 6; NaN stays NaN).
 template <int W>
-HYPERSD_INLINE Vec<float, W> exponential(Vec<float, W> t) {
+HYPERSD_INLINE Vec<float, W> exponential(const Vec<float, W>& t) {
   const Vec<float, W> magic = Vec<float, W>{} + 12582912.0f;
   const Vec<float, W> shifted = t * 1.44269504088896341f + magic, k = shifted - magic;
   const Vec<float, W> r = (t - k * 0.693359375f) - k * -2.12194440e-4f;
@@ -158,9 +162,10 @@ HYPERSD_INLINE Vec<float, W> exponential(Vec<float, W> t) {
   return t < -87.0f ? Vec<float, W>{} : p * scale;
 }
 template <int W>
-HYPERSD_INLINE Vec<double, W> exponential(Vec<double, W> t) {
-  for (int l = 0; l < Lanes<double, W>::count; ++l) t[l] = std::exp(t[l]);
-  return t;
+HYPERSD_INLINE Vec<double, W> exponential(const Vec<double, W>& t) {
+  Vec<double, W> e;
+  for (int l = 0; l < Lanes<double, W>::count; ++l) e[l] = std::exp(t[l]);
+  return e;
 }
 
 // Scores to exponentials in place, zeros from `keys` to `width`; returns 1 / their sum.
