@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def save_lora(
         config = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            # PEFT takes a name as the end of a path, and FLUX's proj_out is one of other layers too
+            "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
             "target_modules": list(layers),
         }
         full[_DIFFUSERS_KEY] = json.dumps({f"{backbone.key_prefix}.{k}": v for k, v in config.items()}, sort_keys=True)
@@ -104,15 +106,26 @@ def _alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         # a pipeline's file says "unet.lora_alpha", a single network's file "lora_alpha"
         prefix, _, path = name.partition(".")
         start, path = (f"{prefix}.", path) if f"{prefix}.lora_alpha" in config else ("", name)
-        alpha = config.get(f"{start}lora_alpha", rank)
-        for end, value in (config.get(f"{start}alpha_pattern") or {}).items():
-            if path == end or path.endswith("." + end):
-                alpha = value
+        alpha = _of_pattern(config.get(f"{start}alpha_pattern"), path, config.get(f"{start}lora_alpha", rank))
         if config.get(f"{start}use_rslora"):
             alpha *= math.sqrt(rank)
         if alpha != rank:
             alphas[f"{name}.alpha"] = torch.tensor(float(alpha))
     return alphas
+
+
+def _of_pattern(pattern: Mapping[str, float] | None, path: str, otherwise: float) -> float:
+    """The value of the first entry that matches the module path, as PEFT matches it."""
+    for name, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({name})$", path):
+                return value
+        except re.error as error:
+            raise HypersdError(
+                f"the LoRA metadata has the alpha_pattern {name!r}, which is no regular expression ({error}); "
+                "export the file again"
+            ) from None
+    return otherwise
 
 
 def _most_common(values: Mapping[str, int] | Mapping[str, float]) -> float | int:

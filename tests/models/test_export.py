@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, encode_prompts, load_components, load_lora, save_lora
+from tests.conftest import make_flux
 
 SPEC = LoraSpec(rank=4, alpha=2)
 METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
@@ -193,6 +194,46 @@ def test_a_diffusers_pipeline_loads_our_file(request, tmp_path, format, shape):
     added = {k: cond[k] for k in ("text_embeds", "time_ids") if k in cond} or None
     theirs = pipe.unet(x_t, t, cond["encoder_hidden_states"], added_cond_kwargs=added).sample
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_ranks_of_layers_whose_names_end_alike(tmp_path):
+    """FLUX's last layer is proj_out, as are those of its blocks: each is read back with its own rank and alpha, here
+    and in diffusers."""
+    network = make_flux()
+    path = "single_transformer_blocks.{}.proj_out"
+    ranks = {"proj_out": 2, path.format(0): 4, path.format(1): 4}
+    state = {}
+    for name, rank in ranks.items():
+        layer, key = network.get_submodule(name), f"transformer.{name}"
+        state[f"{key}.lora_A.weight"] = torch.randn(rank, layer.in_features) * 0.1
+        state[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, rank) * 0.1
+        state[f"{key}.alpha"] = torch.tensor(6.0 / rank)
+    backbone = Backbone(network, SPEC, roles=())
+    backbone.load_lora_state_dict(state, "mixed")
+    save_lora(tmp_path / "lora.safetensors", backbone, "mixed")
+    backbone.load_lora_state_dict(load_lora(tmp_path / "lora.safetensors")[0], "again")
+    for name, rank in ranks.items():
+        scales = backbone.slots[name].scale
+        assert scales["mixed"] == scales["again"] == 6.0 / rank**2
+    network = backbone.release()
+    network.load_lora_adapter(tmp_path, weight_name="lora.safetensors", prefix="transformer", adapter_name="x")
+    layers = [network.get_submodule(name) for name in ranks]
+    assert [(layer.r["x"], layer.scaling["x"]) for layer in layers] == [(r, 6.0 / r**2) for r in ranks.values()]
+
+
+def test_alpha_patterns_match_as_in_peft(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    state = {f"unet.{name}.lora_A.weight": torch.zeros(2, 2) for name in ("a.to_q", "b.to_q", "to_q", "b.to_k")}
+
+    def alphas(pattern):
+        config = {"unet.lora_alpha": 3, "unet.alpha_pattern": pattern}
+        save_file(state, path, {"lora_adapter_metadata": json.dumps(config)})
+        return {key: float(value) for key, value in load_lora(path)[0].items() if key.endswith(".alpha")}
+
+    found = alphas({"^to_q": 5, r"a\.to_[qk]": 6, "to_q": 7, "b": 8})
+    assert found == {"unet.a.to_q.alpha": 6, "unet.b.to_q.alpha": 7, "unet.to_q.alpha": 5, "unet.b.to_k.alpha": 3}
+    with pytest.raises(HypersdError, match=r"alpha_pattern 'to_\(', which is no regular expression"):
+        alphas({"to_(": 5})
 
 
 def test_a_file_of_diffusers_is_read_with_its_alpha(tiny_unet, tmp_path):
