@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -215,7 +215,7 @@ class LoraSlot(nn.Module):
     def _can_fold(self, x: Tensor) -> bool:
         # in 16 bit the rounded W' would lose small updates
         exact = x.dtype == self.weight.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
-        return exact and not torch.is_grad_enabled() and not self.weight.is_inference()
+        return exact and not torch.is_grad_enabled() and not self.is_unseen(_active.role)
 
     def _fold(self, role: str) -> Tensor:
         key, known = self.version(role), self._folded.get(role)
@@ -226,9 +226,17 @@ class LoraSlot(nn.Module):
 
     def version(self, role: str) -> tuple[Any, ...]:
         """Another tuple after every change of weight or adapter, in place (but through .data) or by replacement."""
+        scales = (self.scale[part] for part in role.split("+") if part in self.scale)
+        return (*map(stamp, self._read(role)), *scales)
+
+    def is_unseen(self, role: str) -> bool:
+        """Whether `version` misses changes in place: inference tensors do not count them."""
+        return any(t.is_inference() for t in self._read(role))
+
+    def _read(self, role: str) -> list[Tensor]:
         parts = [part for part in role.split("+") if part in self.scale]
-        adapters = [(stamp(self.a[part]), stamp(self.b[part]), self.scale[part]) for part in parts]
-        return (stamp(self.weight), *adapters)
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return own + [t for part in parts for t in (self.a[part], self.b[part])]
 
     def clear_folded(self) -> None:
         self._folded.clear()
@@ -300,9 +308,21 @@ class LoraConv2d(LoraSlot):
         return F.conv2d(F.conv2d(x, a, None, self.stride, self.padding), b)
 
 
-def stamp(t: Tensor) -> tuple[int, int]:
-    """Another pair once the tensor was changed in place or is another one. Inference tensors do not count changes."""
-    return t.data_ptr(), -1 if t.is_inference() else t._version
+@dataclass(frozen=True)
+class Stamp:
+    """Unlike the one before once the tensor was changed in place or is another one; see `stamp`."""
+
+    address: int
+    layout: tuple[Any, ...]
+    version: int
+    memory: Tensor = field(compare=False, repr=False)
+
+
+def stamp(t: Tensor) -> Stamp:
+    """What tells a tensor from others and from what it was before. It keeps the memory, so that no other tensor comes
+    to lie there. Inference tensors do not count changes."""
+    version = -1 if t.is_inference() else t._version
+    return Stamp(t.data_ptr(), (t.dtype, t.shape, t.stride()), version, t.detach())
 
 
 def plain_layer(module: nn.Module) -> nn.Module:

@@ -35,19 +35,29 @@ class TextCache:
 
     The first call projects, with the role's adapter; later calls hand out the same tensors, so outputs have the bits
     that they have without the cache. What was changed since, in place or by replacement (an adapter, a weight, the
-    text), is projected again. With gradients enabled the conditions come as they were given: the projection is part of
-    what is differentiated. `reason` says why nothing is kept, and is empty where something is.
+    text), is projected again. Inference tensors do not say when they are changed: where the text, a weight or an
+    adapter is one, nothing is kept. With gradients enabled the conditions come as they were given: the projection is
+    part of what is differentiated. `reason` says why nothing is kept, and is empty where something is.
     """
 
     def __init__(self, backbone: Backbone, cond: Mapping[str, Any], *, role: str) -> None:
         self.backbone, self.cond, self.role = backbone, cond, role
         self.slots = {path: slot for path, slot in backbone.text_slots.items() if slot.layer is slot.base}
-        self.reason = why_not(backbone.network) or ("" if self.slots else "every text layer has a PEFT adapter inside")
+        self._never = why_not(backbone.network) or ("" if self.slots else "every text layer has a PEFT adapter inside")
         self._key: tuple[Any, ...] | None = None
         self._projected: dict[str, Tensor] = {}
 
+    @property
+    def reason(self) -> str:
+        text = self.cond.get(_TEXT)
+        if not self._never and text is not None and text.is_inference():
+            return f"{_TEXT} is an inference tensor, whose changes cannot be seen"
+        if not self._never and any(slot.is_unseen(self.role) for slot in self.slots.values()):
+            return "a text layer or its adapter is an inference tensor, whose changes cannot be seen"
+        return self._never
+
     def __call__(self) -> Mapping[str, Any]:
-        if self.reason or torch.is_grad_enabled() or _TEXT not in self.cond:
+        if torch.is_grad_enabled() or _TEXT not in self.cond or self.reason:
             return self.cond
         text = self.cond[_TEXT]
         kind = text.device.type

@@ -241,6 +241,20 @@ def test_folded_weights_follow_the_adapter(tiny_unet, tiny_batch):
     assert (changed - first).abs().max() > 0.1
 
 
+def test_inference_adapters_are_not_folded(tiny_unet, tiny_batch):
+    """Their changes in place cannot be seen."""
+    x_t, t, cond = tiny_batch
+    backbone = two_roles(tiny_unet)
+    first, second = (backbone.lora_state_dict(role) for role in backbone.roles)
+    with torch.inference_mode(), backbone.folded():
+        backbone.load_lora_state_dict(first, "file")
+        backbone(x_t, t, cond, role="file")
+        backbone.load_lora_state_dict(second, "file")
+        found = backbone(x_t, t, cond, role="file")
+    with torch.no_grad():
+        assert torch.equal(found, backbone(x_t, t, cond, role="file"))
+
+
 def test_16_bit_network_with_fp32_adapters(tiny_unet, tiny_batch):
     x_t, t, cond = tiny_batch
     exact_backbone = two_roles(copy.deepcopy(tiny_unet))

@@ -141,6 +141,44 @@ def test_another_prompt_another_role_another_adapter(counts):
         assert not counts
 
 
+def test_a_text_that_comes_to_lie_where_the_old_one_was():
+    backbone = two_roles(make_unet())
+    x_T, cond, _ = prompts()
+    cache = backbone.text_cache(cond, role="student")
+    with torch.no_grad():
+        for seed in range(8):  # each is let go before the next is made: the allocator reuses its place
+            del cond["encoder_hidden_states"]
+            cond["encoder_hidden_states"] = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(seed))
+            found = backbone(x_T, 500, cache(), role="student")
+            assert torch.equal(found, backbone(x_T, 500, cond, role="student"))
+        whole = cond["encoder_hidden_states"]
+        cond["encoder_hidden_states"] = whole[:, :8]  # the same address, and nothing was written
+        found = backbone(x_T, 500, cache(), role="student")
+        assert torch.equal(found, backbone(x_T, 500, cond, role="student"))
+
+
+@pytest.mark.parametrize("inference", ["text", "adapter"])
+def test_changes_of_inference_tensors_are_not_missed(inference):
+    backbone = two_roles(make_unet())
+    x_T, cond, other = prompts()
+    states = [backbone.lora_state_dict(role) for role in ("student", "ema")]
+    with torch.inference_mode():
+        if inference == "text":
+            cond["encoder_hidden_states"] = cond["encoder_hidden_states"].clone()
+        backbone.load_lora_state_dict(states[0], "file")  # adapters that are inference tensors
+        role = "file" if inference == "adapter" else "student"
+        cache = backbone.text_cache(cond, role=role)
+        assert "inference tensor, whose changes cannot be seen" in cache.reason
+        backbone(x_T, 500, cache(), role=role)
+        if inference == "text":
+            cond["encoder_hidden_states"].copy_(other["encoder_hidden_states"])
+        else:
+            backbone.load_lora_state_dict(states[1], "file")
+        found = backbone(x_T, 500, cache(), role=role)
+        assert torch.equal(found, backbone(x_T, 500, cond, role=role))
+    assert backbone.text_cache(other, role="student").reason == ""
+
+
 def test_with_gradients_the_adapter_of_the_text_layers_learns():
     backbone = two_roles(make_unet())
     x_T, cond, _ = prompts()
