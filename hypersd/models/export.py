@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from hypersd.models.load import check_safetensors
 
 # diffusers reads rank, alpha and targets of a PEFT-keyed file from this entry
 _DIFFUSERS_KEY = "lora_adapter_metadata"
+_PEFT_START = "base_model.model."
 
 
 def save_lora(
@@ -73,7 +75,8 @@ def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(state dict, metadata) of a LoRA file, any key layout; hand the state to `Backbone.load_lora_state_dict`.
 
     Raises HypersdError for a missing, truncated or pickled file, or a scale that is no number. Files with alpha only in
-    the metadata get it back as `.alpha` tensors, so that the state alone says the scale.
+    the metadata, or in the adapter_config.json of a folder that PEFT saved, get it back as `.alpha` tensors, so that
+    the state alone says the scale.
     """
     path = Path(path)
     metadata = check_safetensors(path)
@@ -89,15 +92,26 @@ def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise HypersdError(
             f"the LoRA metadata of {path} says lora_scale = {metadata['lora_scale']!r}, which is no number"
         )
-    return state | _alphas(state, metadata), metadata
+    return state | _alphas(state, _config(path, state, metadata)), metadata
 
 
-def _alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """`.alpha` entries for the layers whose metadata gives them a scale other than 1."""
+def _config(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What PEFT knows of the adapter: an entry of the metadata, or the file beside one that PEFT itself saved."""
+    where, text = f"the LoRA metadata entry {_DIFFUSERS_KEY}", metadata.get(_DIFFUSERS_KEY, "{}")
+    beside = path.with_name("adapter_config.json")
+    if _DIFFUSERS_KEY not in metadata and all(key.startswith(_PEFT_START) for key in state) and beside.is_file():
+        where, text = str(beside), beside.read_text("utf-8")
     try:
-        config = json.loads(metadata.get(_DIFFUSERS_KEY, "{}"))
+        config = json.loads(text)
     except json.JSONDecodeError:
-        raise HypersdError(f"the LoRA metadata entry {_DIFFUSERS_KEY} is not JSON; export the file again") from None
+        config = None
+    if not isinstance(config, dict):
+        raise HypersdError(f"{where} is not a JSON object; export the file again")
+    return config
+
+
+def _alphas(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`.alpha` entries for the layers to which PEFT's configuration gives a scale other than 1."""
     alphas = {}
     for key, tensor in state.items():
         if not key.endswith(".lora_A.weight"):
@@ -105,7 +119,7 @@ def _alphas(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         name, rank = key.removesuffix(".lora_A.weight"), tensor.shape[0]
         # a pipeline's file says "unet.lora_alpha", a single network's file "lora_alpha"
         prefix, _, path = name.partition(".")
-        start, path = (f"{prefix}.", path) if f"{prefix}.lora_alpha" in config else ("", name)
+        start, path = (f"{prefix}.", path) if f"{prefix}.lora_alpha" in config else ("", name.removeprefix(_PEFT_START))
         alpha = _of_pattern(config.get(f"{start}alpha_pattern"), path, config.get(f"{start}lora_alpha", rank))
         if config.get(f"{start}use_rslora"):
             alpha *= math.sqrt(rank)

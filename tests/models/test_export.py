@@ -9,12 +9,12 @@ import resource
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, encode_prompts, load_components, load_lora, save_lora
-from tests.conftest import make_flux
+from tests.conftest import make_flux, make_unet
 
 SPEC = LoraSpec(rank=4, alpha=2)
 METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
@@ -150,7 +150,7 @@ def test_broken_files_are_one_clear_line(backbone, tmp_path):
     with pytest.raises(HypersdError, match="does not exist"):
         load_lora(tmp_path / "none.safetensors")
     save_file({"unet.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors", {"lora_adapter_metadata": "{"})
-    with pytest.raises(HypersdError, match="not JSON"):
+    with pytest.raises(HypersdError, match="not a JSON object"):
         load_lora(tmp_path / "m.safetensors")
 
 
@@ -234,6 +234,20 @@ def test_alpha_patterns_match_as_in_peft(tmp_path):
     assert found == {"unet.a.to_q.alpha": 6, "unet.b.to_q.alpha": 7, "unet.to_q.alpha": 5, "unet.b.to_k.alpha": 3}
     with pytest.raises(HypersdError, match=r"alpha_pattern 'to_\(', which is no regular expression"):
         alphas({"to_(": 5})
+
+
+def test_a_folder_that_peft_saved_is_read_with_its_alpha(tiny_unet, tmp_path):
+    """PEFT keeps alpha beside the weights."""
+    config = LoraConfig(r=4, lora_alpha=5, alpha_pattern={"to_k": 3}, use_rslora=True, target_modules=["to_q", "to_k"])
+    get_peft_model(tiny_unet, config).save_pretrained(tmp_path)
+    backbone = Backbone(make_unet(), SPEC, roles=())
+    backbone.load_lora_state_dict(load_lora(tmp_path / "adapter_model.safetensors")[0], "theirs")
+    slots = backbone.role_slots("theirs")
+    assert {slot.scale["theirs"] for path, slot in slots.items() if path.endswith("to_q")} == {2.5}
+    assert {slot.scale["theirs"] for path, slot in slots.items() if path.endswith("to_k")} == {1.5}
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(HypersdError, match=r"adapter_config.json is not a JSON object"):
+        load_lora(tmp_path / "adapter_model.safetensors")
 
 
 def test_a_file_of_diffusers_is_read_with_its_alpha(tiny_unet, tmp_path):
