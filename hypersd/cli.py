@@ -138,6 +138,9 @@ def sample(
     prompt_file: Annotated[Path | None, typer.Option(help="text file with one caption a line")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="[default: the LoRA's; 25 without one]")] = None,
     solver: Annotated[Solver | None, typer.Option(help="[default: the LoRA's]")] = None,
+    timesteps: Annotated[
+        str, typer.Option(help="where to sample, such as 999,749,499,249 [default: the LoRA's or solver's]")
+    ] = "",
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="noise put back in each step [default: the LoRA's]")
     ] = None,
@@ -158,17 +161,26 @@ def sample(
     from hypersd.sampling.sampler import SOLVERS, sampler_for
 
     captions = resolve.captions(prompts or [], prompt_file)
+    try:
+        grid = [int(part) for part in timesteps.split(",")] if timesteps else []
+    except ValueError:
+        raise HypersdError(f"--timesteps {timesteps} is not a list such as 999,749,499,249", exit_code=2) from None
+    if grid and steps not in (None, len(grid)):
+        raise HypersdError(f"--timesteps names {len(grid)} and --steps {steps}; leave --steps out", exit_code=2)
+    steps = len(grid) or steps
     out = resolve.writable(out)
     undistilled = {"solver": "ddim", "steps": str(steps or 25)}
     state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
     if solver is not None and solver.value != metadata.get("solver"):
         for name in ("eta", "timesteps"):  # they belong to the file's own solver
             metadata.pop(name, None)
-    given = {"solver": solver and solver.value, "eta": eta}
+    given = {"solver": solver and solver.value, "timesteps": grid or None, "eta": eta}
     metadata |= {name: str(value) for name, value in given.items() if value is not None}
     chosen = metadata.get("solver", "tcd")
     if eta is not None and "eta" not in SOLVERS.get(chosen, (None, {}))[1]:
         raise HypersdError(f"--eta means nothing to the solver {chosen}; it is for ddim and tcd", exit_code=2)
+    if grid and chosen not in SOLVERS:
+        raise HypersdError(f"--timesteps means nothing to the solver {chosen}; name another --solver", exit_code=2)
     backbone, components, process = resolve.load_with_lora(
         model, state, metadata, device, resolution=resolution, dtype=dtype.value
     )

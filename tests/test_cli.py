@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from hypersd import cli
 from hypersd.distill.checkpoint import load_checkpoint
+from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
+from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling import PRESETS, rules_for, sampler_for
+from tests.conftest import SCHEDULER
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -145,12 +149,25 @@ def test_another_solver_leaves_the_files_own_options_behind(lora, tiny_sd_folder
     monkeypatch.setattr(
         module, "sample_to", lambda out, components, backbone, table, *rest, **more: tables.append(table)
     )
-    arguments = ["sample", "a fox", "--lora", lora, "--model", tiny_sd_folder, "--steps", "2", "--out", tmp_path]
-    for solver in ("tcd", "ddim"):
-        assert cli.run([*map(str, arguments), "--solver", solver]) == 0
-    tcd, ddim = tables
+    arguments = ["sample", "a fox", "--lora", lora, "--model", tiny_sd_folder, "--out", tmp_path]
+    for choice in ("--solver tcd --steps 2", "--solver ddim --steps 2", "--solver ddim --timesteps 800,300"):
+        assert cli.run([*map(str, arguments), *choice.split()]) == 0
+    tcd, ddim, chosen = tables
+    assert chosen.timesteps.tolist() == [800, 300]
     assert tcd.coef[0, 4] > 0  # the file's eta: noise goes back in
     assert not ddim.coef[:, 4].any() and ddim.timesteps.tolist() == [999, 499]
+
+
+def test_the_advice_for_the_one_step_network_is_its_preset(tiny_sd_folder, tmp_path, monkeypatch):
+    tables = []
+    monkeypatch.setattr("hypersd.pictures.sample_to", lambda *arguments, **_: tables.append(arguments[3]))
+    with pytest.raises(HypersdError, match="sample with") as error:
+        rules_for("Hyper-SDXL-1step-Unet.safetensors", {})
+    advice = str(error.value).partition("sample with ")[2].split()
+    assert cli.run(["sample", "a fox", "--model", str(tiny_sd_folder), "--out", str(tmp_path), *advice]) == 0
+    expected = sampler_for(NoiseProcess.from_config(SCHEDULER), PRESETS["Hyper-SDXL-1step-Unet"].metadata)
+    assert tables[0].timesteps.tolist() == expected.timesteps.tolist() == [800]
+    assert np.array_equal(tables[0].coef, expected.coef) and not tables[0].is_guided
 
 
 def test_convert_there_and_back(lora, tiny_sd_folder, tmp_path):
@@ -217,10 +234,21 @@ def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
     for solver in ("lcm", "dpmpp_2m", "euler"):
         assert f"nothing to the solver {solver}" in fails(2, "sample", "x", "--solver", solver, "--eta", "0.5")
     assert "--guidance-scale" in fails(2, "sample", "x", "--guidance-scale", "nan")
+    assert "--timesteps 800,x is not a list" in fails(2, "sample", "x", "--timesteps", "800,x")
+    assert "names 2 and --steps 4" in fails(2, "sample", "x", "--timesteps", "800,300", "--steps", "4")
+    assert "nothing to the solver euler" in fails(2, "sample", "x", "--solver", "euler", "--timesteps", "800")
     assert "--pictures" in fails(2, "evaluate", lora, "--model", tmp_path)
     assert "effnet-lite0" in fails(2, "evaluate", lora, "--features", "inception")
     assert "belong to the pictures" in fails(2, "evaluate", lora, "--captions", tmp_path / "captions.csv")
     assert "guidance_scale nan" in fails(2, "evaluate", lora, "--guidance-scale", "nan")
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "message"), [("300,800", "in descending order"), ("1000,300", "must lie in 0..999"), ("-1", "0..999")]
+)
+def test_timesteps_that_are_no_grid(fails, tiny_sd_folder, tmp_path, timesteps, message):
+    arguments = ["sample", "x", "--model", tiny_sd_folder, "--out", tmp_path]
+    assert message in fails(1, *arguments, f"--timesteps={timesteps}")
 
 
 def test_broken_lora_files(fails, lora, tiny_sd_folder, tmp_path):

@@ -82,8 +82,9 @@ def rules_for(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
     if preset is None or "solver" in metadata:
         return dict(metadata)
     if preset.kind != "lora":
+        timesteps = ",".join(map(str, preset.timesteps or ()))
         raise HypersdError(
             f"{name} holds the whole {preset.base} network; put it into the model's unet folder and sample "
-            f"with --solver {preset.solver} --steps 1"
+            f"with --solver {preset.solver} --timesteps {timesteps} --guidance-scale 0"
         )
     return preset.metadata | dict(metadata)
