@@ -267,12 +267,15 @@ class Backbone(nn.Module):
                 module.forward = _recomputed(module.forward)
 
     def release(self) -> nn.Module:
-        """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards."""
+        """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards.
+
+        Raises HypersdError as `unfuse`.
+        """
+        fused.unfuse(self.network)
         for path, slot in {**self.text_slots, **self.slots}.items():
             self.network.set_submodule(path, slot.base)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
-        fused.unfuse(self.network)
         for module in self.network.modules():
             if isinstance(module, FeedForward):
                 vars(module).pop("forward", None)

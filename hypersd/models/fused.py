@@ -6,6 +6,7 @@ are, and layers that were wrapped meanwhile (LoRA slots) are found by their name
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from hypersd.errors import HypersdError
 from hypersd.kernels import geglu, group_norm_silu
 from hypersd.models import attention
 
@@ -89,6 +91,8 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedResnetBlock2D: ResnetBlock2D,
     FusedTransformer2DModel: Transformer2DModel,
 }
+# what a layer becomes by itself, whatever is beside it
+_ALONE = {_PLAIN[cls]: cls for cls in (FusedGroupNorm, FusedGEGLU, FusedTransformer2DModel)}
 
 
 def fuse(network: nn.Module) -> nn.Module:
@@ -102,34 +106,40 @@ def fuse(network: nn.Module) -> nn.Module:
     unusual attention layers, stay diffusers'.
 
     Outputs agree to rounding; state dict and LoRA keys do not change. Do it before or after Backbone wraps the network,
-    with or without gradient checkpointing, once or twice.
+    with or without gradient checkpointing, once or twice. Raises HypersdError, and changes nothing, where a hook stands
+    in place of the forward of a layer that would change (offloading of diffusers and accelerate).
     """
+    classes: dict[Any, type[nn.Module]] = {}
     for module in network.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
-            module.__class__ = FusedResnetBlock2D
-            module.norm1.__class__ = module.norm2.__class__ = FusedGroupNormSiLU
+            classes |= {module: FusedResnetBlock2D, module.norm1: FusedGroupNormSiLU, module.norm2: FusedGroupNormSiLU}
         last, activation = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
         if type(last) is nn.GroupNorm and type(activation) is nn.SiLU:
-            last.__class__, activation.__class__ = FusedGroupNormSiLU, Applied
+            classes |= {last: FusedGroupNormSiLU, activation: Applied}
     for module in network.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = FusedGroupNorm
-        elif type(module) is GEGLU:
-            module.__class__ = FusedGEGLU
-        elif type(module) is Transformer2DModel:
-            module.__class__ = FusedTransformer2DModel
+        if type(module) in _ALONE:
+            classes.setdefault(module, _ALONE[type(module)])
+    _change(network, classes)
     attention.install(network)
     return network
 
 
 def unfuse(network: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place; returns `network`."""
-    for module in network.modules():
-        plain = _PLAIN.get(type(module))
-        if plain is not None:
-            module.__class__ = plain
+    """Undo `fuse`, in place; returns `network`. Raises HypersdError as `fuse`."""
+    _change(network, {module: _PLAIN[type(module)] for module in network.modules() if type(module) in _PLAIN})
     attention.remove(network)
     return network
+
+
+def _change(network: nn.Module, classes: Mapping[nn.Module, type[nn.Module]]) -> None:
+    for path, module in network.named_modules():
+        if module in classes and "forward" in vars(module):
+            raise HypersdError(
+                f"{path} ({type(module).__name__}) has a hook in place of its forward (offloading?), which would go on "
+                "calling what it has now; remove the hooks, or fuse and unfuse before they are set"
+            )
+    for module, cls in classes.items():
+        module.__class__ = cls
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:

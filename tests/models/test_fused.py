@@ -10,6 +10,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, fuse, unfuse
 from hypersd.models.fused import FusedGEGLU, FusedGroupNorm, FusedGroupNormSiLU, FusedResnetBlock2D
 from tests.conftest import make_sdxl_unet, make_unet, make_vae
@@ -130,6 +131,26 @@ def test_a_backbone_on_it_has_the_same_roles_and_gradients(order, checkpointing)
         assert ((fused_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7).item(), name
     released = unfuse(backbone.release())
     assert classes(released) == classes(make_unet())
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_layers_with_a_hook_for_a_forward_are_refused(release):
+    """Hooks of offloading keep the forward that they found: it would go on computing for the old class."""
+    network, (x, text) = make_unet(), batch()
+    before = classes(network)
+    norm = network.down_blocks[1].attentions[0].norm
+    norm.forward = norm.forward
+    with pytest.raises(HypersdError, match=r"down_blocks.1.attentions.0.norm \(GroupNorm\) has a hook"):
+        fuse(network)
+    assert classes(network) == before
+    del norm.forward
+    backbone = Backbone(network, SPEC)
+    backbone.fuse()
+    fused = call(network, x, text)
+    norm.forward = norm.forward
+    with pytest.raises(HypersdError, match=r"norm \(FusedGroupNorm\) has a hook"):
+        backbone.release() if release else unfuse(network)
+    assert torch.equal(call(network, x, text), fused) and backbone.roles == ["student"]
 
 
 def test_a_copy_is_fused_too_and_compiles_whole():
