@@ -17,14 +17,19 @@ from hypersd.kernels import attention
 
 
 class FusedProcessor:
-    """Stands before the processor `otherwise`, which takes over whatever this one cannot compute."""
+    """Stands before the processor `otherwise`, which takes over whatever this one cannot compute: a plain one unless
+    given, for diffusers makes processors of the class that it finds (IP-Adapters)."""
 
-    def __init__(self, otherwise: Any) -> None:
-        self.otherwise = otherwise
+    plain: type
+
+    def __init__(self, otherwise: Any = None) -> None:
+        self.otherwise = self.plain() if otherwise is None else otherwise
 
 
 class FusedAttention(FusedProcessor):
     """UNet: softmax(q k^T / sqrt(d)) v, keys and values of the picture or of the text."""
+
+    plain = AttnProcessor2_0
 
     def __call__(
         self,
@@ -44,6 +49,8 @@ class FusedAttention(FusedProcessor):
 
 class FusedJointAttention(FusedProcessor):
     """SD3: picture and text attend to both; a layer without text is the picture's own."""
+
+    plain = JointAttnProcessor2_0
 
     def __call__(
         self,
@@ -75,6 +82,8 @@ class FusedJointAttention(FusedProcessor):
 class FusedFluxAttention(FusedProcessor):
     """FLUX: text and picture attend to both, in that order, with rotary positions; single blocks see one sequence."""
 
+    plain = FluxAttnProcessor
+
     def __call__(
         self,
         attn: FluxAttention,
@@ -103,9 +112,7 @@ class FusedFluxAttention(FusedProcessor):
 
 
 _FUSED: dict[type, type[FusedProcessor]] = {
-    AttnProcessor2_0: FusedAttention,
-    JointAttnProcessor2_0: FusedJointAttention,
-    FluxAttnProcessor: FusedFluxAttention,
+    fused.plain: fused for fused in (FusedAttention, FusedJointAttention, FusedFluxAttention)
 }
 
 

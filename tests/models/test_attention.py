@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from hypersd.models import attention
+from hypersd.models import attention, fuse, unfuse
+from tests.conftest import make_unet
 
 
 def layer(**options) -> Attention:
@@ -48,3 +49,27 @@ def test_unusual_layers_are_left_alone():
         attn = layer(**options)
         attention.install(attn)
         assert type(attn.processor) is AttnProcessor2_0
+
+
+@pytest.mark.parametrize("fused", attention._FUSED.values())
+def test_diffusers_may_make_one_itself(fused):
+    """For layers without the adapter, IP-Adapters set a new processor of the class that was there."""
+    assert type(fused().otherwise) is fused.plain
+
+
+def test_ip_adapters_load_into_a_fused_unet():
+    network = fuse(make_unet())
+    weights = {}
+    layers = [name for name in network.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(layers):
+        rows = network.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        weights |= {f"{2 * index + 1}.{part}_ip.weight": torch.randn(rows, 32) for part in ("to_k", "to_v")}
+    image = {"proj.weight": torch.randn(128, 16), "proj.bias": torch.zeros(128)}
+    image |= {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
+    network._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}], low_cpu_mem_usage=False)
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        arguments = {"encoder_hidden_states": text, "added_cond_kwargs": {"image_embeds": [torch.randn(1, 1, 16)]}}
+        found = network(x, 500, **arguments).sample
+        assert any(isinstance(p, attention.FusedAttention) for p in network.attn_processors.values())
+        torch.testing.assert_close(found, unfuse(network)(x, 500, **arguments).sample, rtol=1e-4, atol=1e-5)
