@@ -26,6 +26,10 @@ class FusedProcessor:
         self.otherwise = self.plain() if otherwise is None else otherwise
 
 
+def _of_otherwise(name: str) -> property:
+    return property(lambda self: getattr(self.otherwise, name, None), lambda self, v: setattr(self.otherwise, name, v))
+
+
 class FusedAttention(FusedProcessor):
     """UNet: softmax(q k^T / sqrt(d)) v, keys and values of the picture or of the text."""
 
@@ -83,6 +87,8 @@ class FusedFluxAttention(FusedProcessor):
     """FLUX: text and picture attend to both, in that order, with rotary positions; single blocks see one sequence."""
 
     plain = FluxAttnProcessor
+    # chosen by the network's user, now or later: then `otherwise` computes
+    _attention_backend, _parallel_config = _of_otherwise("_attention_backend"), _of_otherwise("_parallel_config")
 
     def __call__(
         self,
@@ -93,7 +99,8 @@ class FusedFluxAttention(FusedProcessor):
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         x, text = hidden_states, encoder_hidden_states
-        if attention_mask is not None or getattr(attn, "fused_projections", False):
+        is_chosen = self._attention_backend is not None or self._parallel_config is not None
+        if attention_mask is not None or is_chosen or getattr(attn, "fused_projections", False):
             return self.otherwise(attn, x, text, attention_mask, image_rotary_emb)
         q, k, v = (_heads(project(x), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -136,9 +143,8 @@ def _attentions(network: nn.Module) -> list[Any]:
 
 
 def _is_plain(layer: Any) -> bool:
-    if isinstance(layer, FluxAttention):  # unless its user chose an attention backend or splits sequences over GPUs
-        chosen = (getattr(layer.processor, name, None) for name in ("_attention_backend", "_parallel_config"))
-        return all(choice is None for choice in chosen)
+    if isinstance(layer, FluxAttention):
+        return True
     is_joint = type(layer.processor) is JointAttnProcessor2_0
     return (
         layer.spatial_norm is None

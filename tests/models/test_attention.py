@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from hypersd.models import attention, fuse, unfuse
-from tests.conftest import make_unet
+from hypersd.models.networks import predict
+from tests.conftest import make_flux, make_unet
 
 
 def layer(**options) -> Attention:
@@ -49,6 +51,25 @@ def test_unusual_layers_are_left_alone():
         attn = layer(**options)
         attention.install(attn)
         assert type(attn.processor) is AttnProcessor2_0
+
+
+def test_a_backend_chosen_later_is_used(monkeypatch):
+    network = fuse(make_flux())
+    registry, name = _AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH
+    calls, plain = [], registry[name]
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    monkeypatch.setitem(registry, name, lambda *args, **options: calls.append(1) or plain(*args, **options))
+    x, cond = torch.randn(1, 4, 8, 8), {"encoder_hidden_states": torch.randn(1, 5, 32)}
+    cond["pooled_projections"] = torch.randn(1, 32)
+    with torch.no_grad():
+        fused = predict(network, x, 500, cond)
+        network.set_attention_backend("_native_math")
+        chosen = predict(network, x, 500, cond)
+        assert len(calls) == 3
+        torch.testing.assert_close(chosen, fused, rtol=1e-4, atol=1e-5)
+        assert torch.equal(predict(fuse(unfuse(network)), x, 500, cond), chosen)
+        network.reset_attention_backend()
+        assert torch.equal(predict(network, x, 500, cond), fused) and len(calls) == 6
 
 
 @pytest.mark.parametrize("fused", attention._FUSED.values())
