@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -49,9 +50,9 @@ def run(tmp_path_factory, tiny_sd_folder):
     names = {"path/to/model": tiny_sd_folder, "path/to/pictures": folder / "pictures", "sd15": folder / "tiny.toml"}
     names |= {"out/mine": folder / "out", "lora.safetensors": folder / "out" / "lora.safetensors"}
 
-    def execute(word: str) -> dict[str, object]:
+    def execute(word: str, **changes: Path) -> dict[str, object]:
         code = block_with(word)
-        for name, value in names.items():
+        for name, value in (names | changes).items():
             code = code.replace(name, str(value))
         scope: dict[str, object] = {}
         exec(compile(code, "README.md", "exec"), scope)
@@ -69,6 +70,16 @@ def test_every_block_is_run_here():
 
 def test_sampling_without_a_pipeline(run):
     assert run("sampler_for")["images"].shape == (1, 3, 64, 64)
+
+
+def test_a_published_file_without_a_pipeline(run, tiny_sd3_folder, tmp_path):
+    """Its strength, grid and guidance come by its name."""
+    path = tmp_path / "Hyper-SD3-4steps-CFG-lora.safetensors"
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}, path)
+    scope = run("sampler_for", **{"path/to/model": tiny_sd3_folder, "lora.safetensors": path})
+    assert scope["backbone"].role_scales("student") == [0.125]
+    assert scope["table"].is_guided and scope["images"].shape == (1, 3, 64, 64)
 
 
 def test_scheduler_in_a_pipeline(run):

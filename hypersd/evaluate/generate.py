@@ -47,9 +47,6 @@ def generate(
         part = list(captions[start : start + batch_size])
         cond = encode_prompts(components, part)
         null = encode_null(components, len(part), negative_prompt) if table.is_guided else None
-        if table.embedded_guidance is not None:
-            told = {"guidance": torch.full((len(part),), table.embedded_guidance, device=backbone.device)}
-            cond, null = cond | told, null and null | told
         denoise = denoiser(backbone, cond, null=null, role=role)
         generators = [_generator(seed, start + index) for index in range(len(part))]
         x_T = torch.stack([torch.randn(components.latent_shape, generator=each) for each in generators])

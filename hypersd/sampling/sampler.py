@@ -30,7 +30,7 @@ SOLVERS: dict[str, tuple[Callable[..., Any], dict[str, type]]] = {
     "lcm": (lcm_grid, {}),
     "perflow": (perflow_grid, {"windows": int}),
 }
-Denoise = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+Denoise = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -44,7 +44,8 @@ def sample(
 ) -> Tensor:
     """Run the solver of `table` from x_T (B, C, H, W); returns the last x, same shape and dtype.
 
-    denoise(x_t, timestep (B,)) gives the network output m, or (m conditional, m unconditional) for a guided table.
+    denoise(x_t, timestep (B,)) gives the network output m, or (m conditional, m unconditional) for a guided table; the
+    `embedded_guidance` of a table that has one is a third argument (B,), float32.
     Fresh noise is drawn per step from `generator` (one per sample if a list), only in rows that use it. progress(done,
     total) is called after every step. Keep x_T in float32: it is the accumulator, the network may run in 16 bit.
     Nothing is copied to or from a GPU (unless a generator is the host's), so the whole loop fits into a CUDA graph.
@@ -55,8 +56,10 @@ def sample(
     keep = None if table.keep is None else torch.from_numpy(table.keep)
     uses_history = [*(table.coef[1:, 3] != 0), False]
     x, history = x_T, None
+    guidance = () if table.embedded_guidance is None else (table.embedded_guidance,)
+    told = [torch.full((len(x),), value, dtype=torch.float32, device=x.device) for value in guidance]
     for i, t in enumerate(table.timesteps.tolist()):
-        m = denoise(x, torch.full((len(x),), t, dtype=kind, device=x.device))
+        m = denoise(x, torch.full((len(x),), t, dtype=kind, device=x.device), *told)
         if isinstance(m, Tensor) is is_guided:
             wanted = "a pair (conditional, unconditional)" if is_guided else "one tensor"
             raise HypersdError(f"denoise must return {wanted} for this table")
@@ -76,21 +79,24 @@ def denoiser(
 ) -> Denoise:
     """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B.
 
-    Text keys and values are projected in the first step and kept, where the network allows it (see TextCache).
+    Text keys and values are projected in the first step and kept, where the network allows it (see TextCache). A
+    network that is told its guidance is told that of the table, or else `cond`'s.
     """
     if null is not None and cond.keys() != null.keys():
         raise HypersdError(f"conditions {sorted(cond)} and null conditions {sorted(null)} differ")
     both = cond if null is None else {name: torch.cat((cond[name], null[name])) for name in cond}
     keep = getattr(backbone, "text_cache", None)  # anything that acts like a Backbone will do
     conditions = keep(both, role=role) if keep else lambda: both
-    if null is None:
-        return lambda x_t, timestep: backbone(x_t, timestep, conditions(), role=role)
 
-    def denoise(x_t: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        m = backbone(torch.cat((x_t, x_t)), torch.cat((timestep, timestep)), conditions(), role=role)
-        return m[: len(x_t)], m[len(x_t) :]
+    def predict(x_t: Tensor, timestep: Tensor, *told: Tensor) -> Tensor:
+        guidance = {"guidance": told[0]} if told else {}
+        return backbone(x_t, timestep, {**conditions(), **guidance}, role=role)
 
-    return denoise
+    def predict_both(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        m = predict(*(torch.cat((each, each)) for each in arguments))
+        return m[: len(m) // 2], m[len(m) // 2 :]
+
+    return predict if null is None else predict_both
 
 
 def with_guidance(table: Table, network: Any, guidance_scale: float) -> Table:

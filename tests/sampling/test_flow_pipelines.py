@@ -37,8 +37,6 @@ def noise(shape, dtype):
 def ours(components, backbone, table, x_T, negative_prompt="", role="base"):
     null = encode_null(components, len(x_T), negative_prompt) if table.is_guided else None
     cond = encode_prompts(components, CAPTIONS)
-    if table.embedded_guidance is not None:
-        cond["guidance"] = torch.full((len(x_T),), table.embedded_guidance, dtype=x_T.dtype)
     return sample(denoiser(backbone, cond, null=null, role=role), table, x_T)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -127,6 +129,23 @@ def test_equals_a_pipeline_with_guidance(tiny_sd_folder):
     handle.remove()
     assert calls == [4] * 4
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("embedded", [None, 2.5])
+def test_the_guidance_of_the_table_reaches_the_network(embedded, guided):
+    """Of both passes; where the table has none, what the conditions say stays."""
+    told = []
+
+    def backbone(x_t, timestep, cond, *, role):
+        told.append(cond["guidance"].tolist())
+        return x_t
+
+    cond = {"guidance": torch.tensor([7.0, 8.0])}
+    table = replace(ddim(VP, [999, 499]), embedded_guidance=embedded)
+    denoise = denoiser(backbone, cond, null=cond if guided else None)
+    sample(denoise, table.guided(3.0) if guided else table, torch.randn(2, 4, 2, 2))
+    assert told == 2 * [(1 + guided) * ([7.0, 8.0] if embedded is None else [2.5, 2.5])]
 
 
 def test_nothing_is_read_back_inside_the_loop(monkeypatch):
