@@ -274,8 +274,8 @@ def convert(
     format: Annotated[Format, typer.Option("--format", help="key layout of the target")],
     model: Model = "embedded",
 ) -> None:
-    """Rewrite a LoRA file in PEFT's or kohya's keys, or as the published Hyper-SD3 and Hyper-FLUX files are (hyper: no
-    alpha, for a weight of 0.125); --model names the model it belongs to."""
+    """Rewrite a LoRA file in PEFT's or (SD1.5, SDXL) kohya's keys, or as the published Hyper-SD3 and Hyper-FLUX files
+    are (hyper: no alpha, for a weight of 0.125); --model names the model it belongs to."""
     from hypersd import resolve
 
     resolve.convert(source, target, format.value, model)

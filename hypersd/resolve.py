@@ -356,7 +356,6 @@ def merge(
 
     How to sample is said by the first file; one file with weight 1 is only rewritten.
     """
-    from hypersd.models import formats
     from hypersd.models.export import save_lora
     from hypersd.models.merge import concatenate, truncate
 
@@ -380,7 +379,6 @@ def merge(
         kept["merged"] = json.dumps([[p.name, weight] for p, weight in zip(sources, weights, strict=True)])
     if rank is not None:
         merged, dropped, _ = truncate(merged, rank)
-    state = formats.encode(merged, backbone.key_prefix, "kohya")
-    backbone.load_lora_state_dict(state, "merged")
+    backbone.load_lora_layers(merged, "merged")
     save_lora(target, backbone, "merged", kept, format)
     return dropped

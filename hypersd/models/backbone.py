@@ -189,6 +189,7 @@ class Backbone(nn.Module):
         """The role as `unet.<path>.lora_A.weight` ("peft", diffusers) or `lora_unet_<path>.lora_down.weight` ("kohya").
 
         Tensors are detached CPU copies, fp32. Kohya keys carry alpha; the PEFT format keeps it in the file's metadata.
+        Raises HypersdError for kohya keys of SD3 and FLUX, whose layers their readers know by other names.
         A sum of roles, "p+q", is their exact merge: ranks side by side.
         """
         return formats.encode(self.lora_layers(role), self.key_prefix, format)
@@ -210,9 +211,13 @@ class Backbone(nn.Module):
         A known role must fit exactly and keeps its parameter objects. Raises HypersdError, naming the first key or
         shape that does not fit, before anything is changed.
         """
+        layers = formats.decode(state, [path for path, _ in self._base_modules()], self.key_prefix, default_scale=scale)
+        self.load_lora_layers(layers, role)
+
+    def load_lora_layers(self, layers: Mapping[str, formats.Layer], role: str) -> None:
+        """Undo `lora_layers`; as `load_lora_state_dict`, for layers by module path."""
         check_role_name(role)
-        wrappable = {path: module for path, module in self._base_modules()}
-        layers = formats.decode(state, list(wrappable), self.key_prefix, default_scale=scale)
+        wrappable = dict(self._base_modules())
         for path, layer in layers.items():
             slot = self.slots.get(path) or make_slot(wrappable[path])
             assert slot is not None

@@ -49,6 +49,8 @@ def encode(layers: Mapping[str, Layer], prefix: str, format: str) -> dict[str, T
     """State dict of the layers, keyed by module path, in one of FORMATS. `prefix`: "unet", "transformer"."""
     if format not in FORMATS:
         raise HypersdError(f"LoRA format {format!r} is unknown; use {', '.join(FORMATS)}")
+    if format == "kohya" and prefix == "transformer":
+        raise HypersdError("kohya's keys of SD3 and FLUX name their layers otherwise; take the format peft")
     state: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if format == "peft":

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, encode_prompts, load_components, load_lora, save_lora
-from tests.conftest import make_flux, make_unet
+from tests.conftest import make_flux, make_sd3, make_unet
 
 SPEC = LoraSpec(rank=4, alpha=2)
 METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
@@ -169,6 +169,15 @@ def test_a_full_disk_leaves_the_old_file(backbone, tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(HypersdError, match="format 'onnx'"):
         save_lora(path, backbone, "student", format="onnx")
+
+
+@pytest.mark.parametrize("make", [make_sd3, make_flux])
+def test_kohya_keys_of_transformers_are_not_written(make, tmp_path):
+    """diffusers does not find their layers."""
+    backbone = Backbone(make(), LoraSpec(rank=2, alpha=2, targets=("to_q",)))
+    with pytest.raises(HypersdError, match="SD3 and FLUX.*take the format peft"):
+        save_lora(tmp_path / "lora.safetensors", backbone, "student", format="kohya")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["peft", "kohya"])
