@@ -6,7 +6,8 @@ are made for a weight of 0.125, which is PEFT's own default alpha of 8 over thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +78,15 @@ def decode(
     """
     paths = list(paths)
     by_name = {path: path for path in paths}
-    by_name.update({path.replace(".", "_"): path for path in paths})
+    by_name |= {name: path for path, name in _original_names(paths).items()}
+    by_name |= {name.replace(".", "_"): path for name, path in by_name.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
+        if key.startswith(("lora_te", "text_encoder")):
+            raise HypersdError(
+                f"the LoRA adapts the text encoder, too ({key}), which stays as it is here; load it in a diffusers "
+                "pipeline, or write a file without the keys that start with lora_te or text_encoder"
+            )
         ending = next((e for e in _ENDINGS if key.endswith(e)), None)
         if ending is None:
             raise HypersdError(
@@ -112,6 +119,55 @@ def check_shapes(path: str, layer: Layer, shape_a: tuple[int, ...], shape_b: tup
             raise HypersdError(
                 f"the LoRA is for another model: {path} {name} has shape {tuple(tensor.shape)}, not {shape}"
             )
+
+
+# parts of a UNet, and of its residual blocks, in the names of the original code
+_ORIGINAL = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_ORIGINAL_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _original_names(paths: Sequence[str]) -> dict[str, str]:
+    """diffusers' module path -> name in the original code of SD and SDXL, by which sd-scripts calls the layers of SDXL.
+
+    There the blocks of each side are numbered through: a residual block with its attention is one, a downsampling is
+    one, and an upsampling is the last part of the one before.
+    """
+    names = dict(_ORIGINAL)
+    for side, blocks, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
+        found = filter(None, (re.match(rf"{side}\.(\d+)\.(\w+)\.(\d+)\.", path) for path in paths))
+        own = {(int(part[1]), part[2], int(part[3])) for part in found}
+        for block, kind, layer in sorted(own, key=lambda part: (part[0], part[1] == "downsamplers", part[2])):
+            if kind == "resnets":
+                has_attention = (block, "attentions", layer) in own
+                names[f"{side}.{block}.resnets.{layer}"] = f"{blocks}.{number}.0"
+                names[f"{side}.{block}.attentions.{layer}"] = f"{blocks}.{number}.1"
+                names[f"{side}.{block}.upsamplers.0"] = f"{blocks}.{number}.{1 + has_attention}"
+                number += 1
+            elif kind == "downsamplers":
+                names[f"{side}.{block}.downsamplers.0.conv"] = f"{blocks}.{number}.0.op"
+                number += 1
+    originals = {}
+    for path in paths:
+        for start, name in names.items():
+            if path == start or path.startswith(f"{start}."):
+                rest = path[len(start) + 1 :]
+                originals[path] = ".".join(filter(None, (name, _ORIGINAL_RESNET.get(rest, rest))))
+    return originals
 
 
 def _bare_name(key: str, prefix: str) -> str:

@@ -9,12 +9,13 @@ import resource
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hypersd.errors import HypersdError
-from hypersd.models import Backbone, LoraSpec, encode_prompts, load_components, load_lora, save_lora
-from tests.conftest import make_flux, make_sd3, make_unet
+from hypersd.models import Backbone, LoraSpec, encode_prompts, formats, load_components, load_lora, save_lora
+from tests.conftest import make_flux, make_sd3, make_sdxl_unet, make_unet
 
 SPEC = LoraSpec(rank=4, alpha=2)
 METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
@@ -74,6 +75,35 @@ def test_other_spellings_are_read(backbone):
         assert_equal_roles(backbone, "student", f"r{i}")
 
 
+@pytest.mark.parametrize("make", [make_unet, make_sdxl_unet])
+def test_the_original_names_of_a_unet_are_read(make):
+    """By which sd-scripts calls the layers of SDXL: as diffusers itself turns them into its own."""
+    network = make()
+    paths = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    names = formats._original_names(paths)
+    assert list(names) == paths
+    original = {
+        f"model.diffusion_model.{name}.{end}": torch.tensor(i)
+        for i, name in enumerate(names.values())
+        for end in ("weight", "bias")
+    }
+    found = convert_ldm_unet_checkpoint(original, dict(network.config))
+    assert {key: int(i) for key, i in found.items() if "bias" not in key} == {
+        f"{path}.weight": i for i, path in enumerate(paths)
+    }
+    state = {}
+    some = {"down_blocks.1.resnets.0.conv1", "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_q"}
+    for path in some:
+        weight = network.get_submodule(path).weight
+        key = "lora_unet_" + names[path].replace(".", "_")
+        state |= {f"{key}.lora_down.weight": torch.ones(2, *weight.shape[1:]), f"{key}.alpha": torch.tensor(1.0)}
+        state[f"{key}.lora_up.weight"] = torch.ones(weight.shape[0], 2, *[1] * (weight.dim() - 2))
+    backbone = Backbone(network, SPEC, roles=())
+    backbone.load_lora_state_dict(state, "theirs")
+    assert set(backbone.role_slots("theirs")) == some
+    assert backbone.role_scales("theirs") == [0.5, 0.5]
+
+
 def test_without_alpha_the_scale_is_one_or_as_told(backbone):
     """A rank-64 file that says nothing of alpha is used at 1, and at 0.125 where its author says so."""
     state = backbone.lora_state_dict("student")
@@ -121,6 +151,8 @@ def test_a_lora_for_another_model_names_what_does_not_fit(backbone, tiny_sdxl_un
         (wide, "new", "another model: .*attn2.to_k a has shape \\(4, 64\\), not \\(4, 32\\)"),
         ({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}, "new", "unet.nowhere.lora_A.weight names a layer"),
         ({"unet.conv_in.weight": torch.zeros(1)}, "new", "unet.conv_in.weight is not a LoRA key"),
+        (state | {"lora_te1_x.alpha": torch.ones(1)}, "new", "adapts the text encoder, too .lora_te1_x.alpha"),
+        (state | {"text_encoder.x.lora_A.weight": torch.ones(1, 1)}, "new", "without the keys that start with lora_te"),
         ({k: v for k, v in state.items() if k != key + ".lora_B.weight"}, "new", "incomplete.*attn1.to_q"),
         ({}, "new", "no tensors"),
         (other_rank, "student", "rank 2 in the file and 4"),
