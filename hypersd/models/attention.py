@@ -138,6 +138,10 @@ def remove(network: nn.Module) -> None:
             layer.processor = layer.processor.otherwise
 
 
+def is_installed(network: nn.Module) -> bool:
+    return any(isinstance(layer.processor, FusedProcessor) for layer in _attentions(network))
+
+
 def _attentions(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, Attention | FluxAttention)]
 

@@ -45,7 +45,8 @@ class Backbone(nn.Module):
         self.slots: dict[str, LoraSlot] = {}
         self.text_slots: dict[str, LoraSlot] = {}  # around the layers of text_cache, adapted or not
         self.roles: list[str] = []
-        self._requires_grad = {name: p.requires_grad for name, p in network.named_parameters()}
+        self._requires_grad = {_bare(name): p.requires_grad for name, p in network.named_parameters()}
+        self._is_fused = fused.is_fused(network)
         self._checkpointing = bool(getattr(network, "is_gradient_checkpointing", False))
         self.fingerprint = _fingerprint(network)
         network.requires_grad_(False)
@@ -274,13 +275,14 @@ class Backbone(nn.Module):
     def release(self) -> nn.Module:
         """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards.
 
-        Raises HypersdError as `unfuse`.
+        It stays fused if it came so. Raises HypersdError as `unfuse`.
         """
-        fused.unfuse(self.network)
+        if not self._is_fused:
+            fused.unfuse(self.network)
         for path, slot in {**self.text_slots, **self.slots}.items():
             self.network.set_submodule(path, slot.base)
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+            parameter.requires_grad_(self._requires_grad.get(_bare(name), parameter.requires_grad))
         for module in self.network.modules():
             if isinstance(module, FeedForward):
                 vars(module).pop("forward", None)
@@ -327,11 +329,16 @@ class Backbone(nn.Module):
 def _fingerprint(network: nn.Module) -> str:
     """Class and a hash of all weight names and shapes, PEFT adapters aside: equal for models that can share a LoRA."""
     names = (
-        f"{name.replace('.base_layer', '')}:{tuple(parameter.shape)}"
+        f"{_bare(name)}:{tuple(parameter.shape)}"
         for name, parameter in network.named_parameters()
         if ".lora_" not in name
     )
     return f"{type(network).__name__}-{hashlib.sha256(chr(10).join(sorted(names)).encode()).hexdigest()[:16]}"
+
+
+def _bare(name: str) -> str:
+    """The name that a parameter has without PEFT adapters."""
+    return name.replace(".base_layer", "")
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -131,6 +131,11 @@ def unfuse(network: nn.Module) -> nn.Module:
     return network
 
 
+def is_fused(network: nn.Module) -> bool:
+    """Whether any layer of the network runs on the fused operators."""
+    return any(type(module) in _PLAIN for module in network.modules()) or attention.is_installed(network)
+
+
 def _change(network: nn.Module, classes: Mapping[nn.Module, type[nn.Module]]) -> None:
     for path, module in network.named_modules():
         if module in classes and "forward" in vars(module):

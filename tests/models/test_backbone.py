@@ -222,6 +222,21 @@ def test_peft_adapters_stay_part_of_the_base(tiny_unet, tiny_batch):
     assert torch.equal(tiny_unet(x_t, t, **cond).sample, expected)
 
 
+def test_peft_adapters_may_go_before_the_backbone_does(tiny_unet, tiny_batch):
+    x_t, t, cond = tiny_batch
+    plain = tiny_unet(x_t, t, **cond).sample
+    tiny_unet.conv_in.requires_grad_(True)
+    flags = {name: p.requires_grad for name, p in tiny_unet.named_parameters()}
+    tiny_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    for name, parameter in tiny_unet.named_parameters():
+        parameter.requires_grad_(flags.get(name.replace(".base_layer", ""), True))
+    backbone = two_roles(tiny_unet)
+    tiny_unet.unload_lora()
+    network = backbone.release()
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == flags
+    assert torch.equal(network(x_t, t, **cond).sample, plain)
+
+
 def test_folded_weights_follow_the_adapter(tiny_unet, tiny_batch):
     x_t, t, cond = tiny_batch
     backbone = two_roles(tiny_unet)

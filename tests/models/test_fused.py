@@ -13,7 +13,7 @@ from torch import nn
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, fuse, unfuse
 from hypersd.models.fused import FusedGEGLU, FusedGroupNorm, FusedGroupNormSiLU, FusedResnetBlock2D
-from tests.conftest import make_sdxl_unet, make_unet, make_vae
+from tests.conftest import make_flux, make_sdxl_unet, make_unet, make_vae
 from tests.kernels.checks import Recorder
 
 SPEC = LoraSpec(rank=4, alpha=4.0)
@@ -151,6 +151,14 @@ def test_layers_with_a_hook_for_a_forward_are_refused(release):
     with pytest.raises(HypersdError, match=r"norm \(FusedGroupNorm\) has a hook"):
         backbone.release() if release else unfuse(network)
     assert torch.equal(call(network, x, text), fused) and backbone.roles == ["student"]
+
+
+@pytest.mark.parametrize("make", [make_unet, make_flux])
+def test_a_backbone_gives_back_a_fused_network_fused(make):
+    network = fuse(make())
+    before, processors = classes(network), set(map(type, network.attn_processors.values()))
+    assert Backbone(network, roles=()).release() is network
+    assert classes(network) == before and set(map(type, network.attn_processors.values())) == processors
 
 
 def test_a_copy_is_fused_too_and_compiles_whole():
