@@ -48,13 +48,14 @@ def run(tmp_path_factory, tiny_sd_folder):
         (folder / "pictures" / f"{index}.txt").write_text(f"picture {index}")
     (folder / "tiny.toml").write_text(RECIPE)
     names = {"path/to/model": tiny_sd_folder, "path/to/pictures": folder / "pictures", "sd15": folder / "tiny.toml"}
-    names |= {"out/mine": folder / "out", "lora.safetensors": folder / "out" / "lora.safetensors"}
+    names |= {"out/mine": folder / "out"}
+    names |= dict.fromkeys(("lora.safetensors", "style.safetensors"), folder / "out" / "lora.safetensors")
 
-    def execute(word: str, **changes: Path) -> dict[str, object]:
+    def execute(word: str, before: dict[str, object] | None = None, **changes: Path) -> dict[str, object]:
         code = block_with(word)
         for name, value in (names | changes).items():
             code = code.replace(name, str(value))
-        scope: dict[str, object] = {}
+        scope: dict[str, object] = before or {}
         exec(compile(code, "README.md", "exec"), scope)
         return scope
 
@@ -65,11 +66,13 @@ def run(tmp_path_factory, tiny_sd_folder):
 
 def test_every_block_is_run_here():
     text = (ROOT / "README.md").read_text("utf-8")
-    assert len(blocks(text)) == 4
+    assert len(blocks(text)) == 5
 
 
 def test_sampling_without_a_pipeline(run):
-    assert run("sampler_for")["images"].shape == (1, 3, 64, 64)
+    scope = run("sampler_for")
+    assert scope["images"].shape == (1, 3, 64, 64)
+    assert run("style.safetensors", scope)["pictures"].shape == (3, 3, 64, 64)
 
 
 def test_a_published_file_without_a_pipeline(run, tiny_sd3_folder, tmp_path):

@@ -24,6 +24,7 @@ from hypersd.models.lora import (
     make_slot,
     plain_layer,
     projected_text,
+    route,
     use_role,
 )
 from hypersd.models.text_cache import TextCache
@@ -68,26 +69,31 @@ class Backbone(nn.Module):
         if self._checkpointing:
             self.enable_gradient_checkpointing()
 
-    def forward(self, x_t: Tensor, timestep: Tensor | float, cond: Mapping[str, Any], *, role: str = BASE) -> Tensor:
+    def forward(
+        self, x_t: Tensor, timestep: Tensor | float, cond: Mapping[str, Any], *, role: str | Sequence[str] = BASE
+    ) -> Tensor:
         """The raw network output m, shape and dtype of x_t.
 
         x_t (B, C, H, W); timestep a number or a tensor of shape () or (B,), of 1000 for all networks (NoiseProcess's
         `network_timestep`); cond the network's further keyword arguments (`encoder_hidden_states`, ...), see
         `networks.predict`, or what a `text_cache` made of them. Floating inputs are cast to the dtype of the network.
-        `role` may be a sum, "previous+student": both adapters at once.
+        `role` may be a sum, "previous+student": both adapters at once; or a sequence of B roles, one for each sample,
+        of which neighbours with the same are cheapest. Raises HypersdError for an unknown role or another number.
         """
-        for part in role.split("+"):
+        if not isinstance(role, str) and len(role) != len(x_t):
+            raise HypersdError(f"{len(role)} roles for {len(x_t)} samples; give one role, or one for each")
+        for part in (part for each in ([role] if isinstance(role, str) else role) for part in each.split("+")):
             if part != BASE and part not in self.roles:
                 raise HypersdError(f"the backbone has no role {part!r}; it has {[BASE, *self.roles]}")
         dtype = self.dtype
         arguments = {k: v.to(dtype) if _is_float(v) else v for k, v in cond.items()}
         projected = arguments.pop(text_cache.PROJECTED, None)
-        with use_role(role), projected_text(projected):
+        with use_role(route(role, x_t.device)), projected_text(projected):
             output = networks.predict(self.network, x_t.to(dtype), timestep, arguments)
         return output.to(x_t.dtype)
 
-    def text_cache(self, cond: Mapping[str, Any], *, role: str = BASE) -> TextCache:
-        """`cond` for many calls of this role: text keys and values are projected once, not in every call."""
+    def text_cache(self, cond: Mapping[str, Any], *, role: str | Sequence[str] = BASE) -> TextCache:
+        """`cond` for many calls of this role, or these: text keys and values are projected once, not in every call."""
         return TextCache(self, cond, role=role)
 
     @property

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -21,18 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hypersd.errors import HypersdError
-from hypersd.kernels import lora_conv2d, lora_linear
+from hypersd.kernels import lora_conv2d, lora_linear, lora_linear_routed
 from hypersd.kernels._lora import fold_weight
 from hypersd.models.networks import LCM_TARGETS
 
 BASE = "base"
 
 
+class Routes(NamedTuple):
+    """A role for each sample: `runs` of neighbours with the same, as (role, its samples), and what
+    `lora_linear_routed` reads: the place of each sample's role among `own`, or -1 for the base, and n ones."""
+
+    runs: tuple[tuple[str, slice], ...]
+    own: tuple[str, ...]
+    slots: Tensor
+    ones: Tensor
+
+
 class _Active(threading.local):
     """What the running call set, per thread. torch.compile can follow these attributes; a ContextVar it cannot."""
 
     def __init__(self) -> None:
-        self.role = BASE
+        self.role: str | Routes = BASE
         self.folding = False
         self.text: Mapping[str, Tensor] | None = None  # outputs of layers that see only the text, by module path
 
@@ -72,8 +82,22 @@ def _is_at(target: str, path: str) -> bool:
     return path == target or path.endswith("." + target)
 
 
-def current_role() -> str:
+def current_role() -> str | Routes:
     return _active.role
+
+
+def route(role: str | Sequence[str], device: torch.device) -> str | Routes:
+    """What `use_role` takes, of one role or one for each sample. Nothing is copied from the host."""
+    if isinstance(role, str):
+        return role
+    if len(set(role)) < 2:
+        return role[0] if role else BASE
+    starts = [i for i in range(len(role)) if i == 0 or role[i] != role[i - 1]]
+    runs = tuple((role[i], slice(i, stop)) for i, stop in zip(starts, [*starts[1:], len(role)], strict=True))
+    own = tuple(dict.fromkeys(each for each in role if each != BASE))
+    places = [(rows.stop - rows.start, own.index(each) if each in own else -1) for each, rows in runs]
+    slots = torch.cat([torch.full((n,), place, dtype=torch.int64, device=device) for n, place in places])
+    return Routes(runs, own, slots, torch.ones(len(own), device=device))
 
 
 def is_folding() -> bool:
@@ -81,8 +105,8 @@ def is_folding() -> bool:
 
 
 @contextmanager
-def use_role(role: str) -> Iterator[None]:
-    """Every slot called inside runs with this role's adapter ("base": none)."""
+def use_role(role: str | Routes) -> Iterator[None]:
+    """Every slot called inside runs with this role's adapter ("base": none), or each sample with its own's."""
     before, _active.role = _active.role, role
     try:
         yield
@@ -143,6 +167,7 @@ class LoraSlot(nn.Module):
         self.scale: dict[str, float] = {}
         # role -> (key, W + scale b a); see folded_weights
         self._folded: dict[str, tuple[Any, Tensor]] = {}
+        self._pooled: tuple[Any, tuple[Tensor, Tensor]] | None = None  # see LoraLinear
         self.path = ""  # in the network, where its input is the text alone
 
     @property
@@ -178,6 +203,7 @@ class LoraSlot(nn.Module):
 
     def drop(self, role: str) -> None:
         self._folded.pop(role, None)
+        self._pooled = None
         if role in self.a:
             del self.a[role], self.b[role], self.scale[role]
 
@@ -200,6 +226,16 @@ class LoraSlot(nn.Module):
         if text is not None and self.path in text:
             return text[self.path]
         role = _active.role
+        if isinstance(role, str):
+            return self._one(x, role, *args, **kwargs)
+        if len(x) != len(role.slots):
+            raise HypersdError(f"{len(role.slots)} roles for a layer that sees {len(x)} samples; give one for each")
+        return self._each(x, role, *args, **kwargs)
+
+    def _each(self, x: Tensor, routes: Routes, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([self._one(x[rows], role, *args, **kwargs) for role, rows in routes.runs])
+
+    def _one(self, x: Tensor, role: str, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self.adapter(role)
         if adapter is None:
             return self.base(x, *args, **kwargs)
@@ -208,14 +244,14 @@ class LoraSlot(nn.Module):
             # the layer carries an adapter of its own, in whatever form PEFT gives it: add ours to its output
             y = self.base(x, *args, **kwargs)
             return y + scale * self._low_rank(x.to(y.dtype), a.to(y.dtype), b.to(y.dtype))
-        if _active.folding and role in self.scale and self._can_fold(x):
+        if _active.folding and role in self.scale and self._can_fold(x, role):
             return self._plain(x, self._fold(role))
         return self._adapted(x, a, b, scale)
 
-    def _can_fold(self, x: Tensor) -> bool:
+    def _can_fold(self, x: Tensor, role: str) -> bool:
         # in 16 bit the rounded W' would lose small updates
         exact = x.dtype == self.weight.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
-        return exact and not torch.is_grad_enabled() and not self.is_unseen(_active.role)
+        return exact and not torch.is_grad_enabled() and not self.is_unseen(role)
 
     def _fold(self, role: str) -> Tensor:
         key, known = self.version(role), self._folded.get(role)
@@ -224,19 +260,23 @@ class LoraSlot(nn.Module):
             known = self._folded[role] = (key, weight)
         return known[1]
 
-    def version(self, role: str) -> tuple[Any, ...]:
+    def version(self, role: str | Sequence[str]) -> tuple[Any, ...]:
         """Another tuple after every change of weight or adapter, in place (but through .data) or by replacement."""
-        scales = (self.scale[part] for part in role.split("+") if part in self.scale)
+        scales = (self.scale[part] for part in self._parts(role))
         return (*map(stamp, self._read(role)), *scales)
 
-    def is_unseen(self, role: str) -> bool:
+    def is_unseen(self, role: str | Sequence[str]) -> bool:
         """Whether `version` misses changes in place: inference tensors do not count them."""
         return any(t.is_inference() for t in self._read(role))
 
-    def _read(self, role: str) -> list[Tensor]:
-        parts = [part for part in role.split("+") if part in self.scale]
+    def _read(self, role: str | Sequence[str]) -> list[Tensor]:
         own = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return own + [t for part in parts for t in (self.a[part], self.b[part])]
+        return own + [t for part in self._parts(role) for t in (self.a[part], self.b[part])]
+
+    def _parts(self, role: str | Sequence[str]) -> list[str]:
+        """The roles of a sum, or of one for each sample, that have an adapter here."""
+        roles = dict.fromkeys((role,) if isinstance(role, str) else role)
+        return [part for each in roles for part in each.split("+") if part in self.scale]
 
     def clear_folded(self) -> None:
         self._folded.clear()
@@ -264,6 +304,33 @@ class LoraLinear(LoraSlot):
 
     def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
+
+    def _each(self, x: Tensor, routes: Routes, *args: Any, **kwargs: Any) -> Tensor:
+        if self.layer is not self.base:
+            return super()._each(x, routes, *args, **kwargs)
+        if not self._parts(routes.own):
+            return self.base(x, *args, **kwargs)
+        a, b = self._pool(routes.own)
+        return lora_linear_routed(x, self.weight, self.bias, a, b, routes.slots, routes.ones)
+
+    def _pool(self, roles: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """a (n, r, in) and scale b (n, out, r) of the roles, smaller ranks filled up with zeros. Without gradient they
+        are kept until a role changes."""
+        lives = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.is_unseen(roles)
+        key = None if lives else (roles, self.version(roles))
+        if key is not None and self._pooled is not None and self._pooled[0] == key:
+            return self._pooled[1]
+        like = self.a[self._parts(roles)[0]]
+        none = like.new_zeros(0, self.in_features), like.new_zeros(self.out_features, 0), 1.0
+        adapters = [self.adapter(role) or none for role in roles]
+        rank = max(a.shape[0] for a, _, _ in adapters)
+        pool = (
+            torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _, _ in adapters]),
+            torch.stack([F.pad(scale * b, (0, rank - b.shape[1])) for _, b, scale in adapters]),
+        )
+        if key is not None:
+            self._pooled = (key, pool)
+        return pool
 
     def _adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return lora_linear(x, self.weight, self.bias, a, b, scale)

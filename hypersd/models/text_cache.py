@@ -7,7 +7,7 @@ picture, so nothing there can be kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from hypersd.models.attention import FusedAttention
-from hypersd.models.lora import is_folding, stamp, use_role
+from hypersd.models.lora import is_folding, route, stamp, use_role
 
 if TYPE_CHECKING:
     from hypersd.models.backbone import Backbone
@@ -40,7 +40,7 @@ class TextCache:
     part of what is differentiated. `reason` says why nothing is kept, and is empty where something is.
     """
 
-    def __init__(self, backbone: Backbone, cond: Mapping[str, Any], *, role: str) -> None:
+    def __init__(self, backbone: Backbone, cond: Mapping[str, Any], *, role: str | Sequence[str]) -> None:
         self.backbone, self.cond, self.role = backbone, cond, role
         self.slots = {path: slot for path, slot in backbone.text_slots.items() if slot.layer is slot.base}
         self._never = why_not(backbone.network) or ("" if self.slots else "every text layer has a PEFT adapter inside")
@@ -65,7 +65,7 @@ class TextCache:
         versions = [slot.version(self.role) for slot in self.slots.values()]
         key = (stamp(text), self.backbone.dtype, autocast, is_folding(), *versions)
         if key != self._key:
-            with use_role(self.role):
+            with use_role(route(self.role, text.device)):
                 text = text.to(self.backbone.dtype)
                 self._projected = {path: slot(text) for path, slot in self.slots.items()}
             self._key = key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,15 +75,22 @@ def sample(
 
 
 def denoiser(
-    backbone: Backbone, cond: Mapping[str, Any], *, null: Mapping[str, Any] | None = None, role: str = "student"
+    backbone: Backbone,
+    cond: Mapping[str, Any],
+    *,
+    null: Mapping[str, Any] | None = None,
+    role: str | Sequence[str] = "student",
 ) -> Denoise:
-    """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B.
+    """A `denoise` for `sample`. With `null` both passes of classifier-free guidance run as one batch of 2 B. `role` may
+    be a sequence of B roles, one for each sample.
 
     Text keys and values are projected in the first step and kept, where the network allows it (see TextCache). A
     network that is told its guidance is told that of the table, or else `cond`'s.
     """
     if null is not None and cond.keys() != null.keys():
         raise HypersdError(f"conditions {sorted(cond)} and null conditions {sorted(null)} differ")
+    if null is not None and not isinstance(role, str):
+        role = [*role, *role]
     both = cond if null is None else {name: torch.cat((cond[name], null[name])) for name in cond}
     keep = getattr(backbone, "text_cache", None)  # anything that acts like a Backbone will do
     conditions = keep(both, role=role) if keep else lambda: both

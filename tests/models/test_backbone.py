@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec
 from hypersd.models import backbone as backbone_module
 from hypersd.models import lora as lora_module
+from tests.conftest import make_flux, make_sd3, make_unet
 
 SPEC = LoraSpec(rank=4, alpha=2)
 
@@ -351,6 +353,87 @@ def test_transformers_take_the_same_call():
         assert next(iter(backbone.lora_state_dict("student"))).startswith("transformer.")
 
 
+def five_samples(make, peft=False):
+    """A backbone in float64 of three roles, of two ranks and not of the same layers, and (x_t, t, cond, roles)."""
+    network = make().double()
+    if peft:
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    backbone = two_roles(network)
+    state = {name: value * 2 for name, value in backbone.lora_state_dict("ema").items() if "to_k" not in name}
+    few = {name: value[:2] if "lora_A" in name else value[:, :2] for name, value in state.items()}
+    backbone.load_lora_state_dict(few, "few")
+    generator = torch.Generator().manual_seed(3)
+    width = 64 if make is make_sd3 else 32
+    cond = {"encoder_hidden_states": torch.randn(5, 4, width, generator=generator, dtype=torch.float64)}
+    if make is not make_unet:
+        cond["pooled_projections"] = torch.randn(5, width, generator=generator, dtype=torch.float64)
+    x_t = torch.randn(5, 4, 16, 16, generator=generator, dtype=torch.float64)
+    roles = ("student", "few", "few", "base", "student+few")
+    return backbone, x_t, torch.tensor([10, 900, 500, 20, 30]), cond, roles
+
+
+def one_by_one(backbone, x_t, t, cond, roles):
+    rows = [slice(i, i + 1) for i in range(len(roles))]
+    parts = [
+        backbone(x_t[i], t[i], {name: value[i] for name, value in cond.items()}, role=role)
+        for i, role in zip(rows, roles, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "form"), [(make_unet, "peft"), *product((make_unet, make_sd3, make_flux), ("plain", "fused", "folded"))]
+)
+def test_each_sample_has_a_role_of_its_own(make, form):
+    backbone, *batch, roles = five_samples(make, form == "peft")
+    if form == "fused":
+        backbone.fuse()
+    with torch.no_grad(), backbone.folded() if form == "folded" else nullcontext():
+        expected = one_by_one(backbone, *batch, roles)
+        found = backbone(*batch, role=list(roles))
+        assert len({round(float(e.sum()), 6) for e in expected}) == 5
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        assert torch.equal(backbone(*batch, role=["few"] * 5), backbone(*batch, role="few"))
+        # what is kept of the adapters follows them
+        pools = [slot._pooled for slot in backbone.slots.values() if slot._pooled]
+        assert torch.equal(backbone(*batch, role=roles), found)
+        assert all(slot._pooled in pools for slot in backbone.slots.values() if slot._pooled)
+        randomise(backbone, "few", 7)
+        changed = backbone(*batch, role=roles)
+        torch.testing.assert_close(changed, one_by_one(backbone, *batch, roles), rtol=1e-9, atol=1e-10)
+        assert (changed - found).flatten(1).abs().amax(1).ge(1e-3).tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_each_sample_reaches_its_own_role(checkpointing):
+    backbone, *batch, roles = five_samples(make_unet)
+    found = []
+    for call in (one_by_one, lambda backbone, *inputs: backbone(*inputs[:-1], role=inputs[-1])):
+        for parameter in backbone.parameters():
+            parameter.grad = None
+        if checkpointing:
+            backbone.enable_gradient_checkpointing()
+        y = call(backbone, *batch, roles)
+        with torch.no_grad():
+            backbone(*batch, role="ema")
+        y.square().sum().backward()
+        assert all(p.grad is None for p in backbone.role_parameters("ema").values())
+        grads = {role: backbone.role_parameters(role) for role in ("student", "few")}
+        found.append({(role, name): p.grad for role in grads for name, p in grads[role].items()})
+    for name, grad in found[0].items():
+        assert grad.norm() > 0
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-8, atol=1e-10)
+
+
+def test_a_role_for_each_sample_in_16_bit():
+    backbone, *batch, roles = five_samples(make_unet)
+    with torch.no_grad():
+        exact = one_by_one(backbone, *batch, roles)
+        backbone.network.bfloat16()
+        errors = [(y - exact).norm() for y in (backbone(*batch, role=roles), one_by_one(backbone, *batch, roles))]
+    assert 0 < errors[0] < 2 * errors[1]
+
+
 def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
     with pytest.raises(HypersdError, match="matches the LoRA targets"):
         Backbone(copy.deepcopy(tiny_unet), LoraSpec(targets=("to_z",)))
@@ -363,6 +446,9 @@ def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
     x_t, t, cond = tiny_batch
     with pytest.raises(HypersdError, match="no role 'teacher'"):
         backbone(x_t, t, cond, role="teacher")
+    for roles, message in ((["ema"], "1 roles for 2 samples"), (["ema", "teacher"], "no role 'teacher'")):
+        with pytest.raises(HypersdError, match=message):
+            backbone(x_t, t, cond, role=roles)
     for name in ("base", "keys", "a.b", ""):
         with pytest.raises(HypersdError, match="role name"):
             backbone.add_role(name)
@@ -390,7 +476,8 @@ def test_torch_compile_sees_the_role():
     backbone = two_roles(OneLayer())
     x, t = torch.randn(3, 6), torch.tensor(2.0)
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)
-    for role in ("base", "student", "ema", "student", "base"):
+    own = ("student", "base", "ema")
+    for role in ("base", "student", own, "ema", "student", own[::-1], "base"):
         torch.testing.assert_close(compiled(x, t, {}, role=role), backbone(x, t, {}, role=role))
     inner = torch.compile(backbone.network, backend="eager", fullgraph=True)
     for role in ("base", "student", "ema", "base"):

@@ -117,6 +117,20 @@ def test_layers_outside_of_the_lora_targets_are_kept_too(counts):
     assert [name for name, _ in backbone.release().named_modules()] == names
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_role_for_each_sample(guided, counts):
+    backbone = two_roles(make_unet())
+    x_T, cond, null = prompts()
+    table, null = (TABLE.guided(2.0), null) if guided else (TABLE, None)
+    roles = ["ema", "student"]
+    expected = [sample(denoiser(backbone, cond, null=null, role=role), table, x_T)[i] for i, role in enumerate(roles)]
+    counts.clear()
+    found = sample(denoiser(backbone, cond, null=null, role=roles), table, x_T)
+    assert len(counts) == 8 and set(counts.values()) == {1}
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-3)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
 def test_another_prompt_another_role_another_adapter(counts):
     """One backbone, many caches, used in turn; an adapter that changes under a cache is projected again."""
     backbone = two_roles(make_unet())
