@@ -100,7 +100,10 @@ def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
                 _column(f"{table} line 1", reader.fieldnames or [], FILE_COLUMNS)
                 _column(f"{table} line 1", reader.fieldnames or [], TEXT_COLUMNS)
                 for row in reader:
-                    yield _pair(f"{table} line {reader.line_num}", row)
+                    where = f"{table} line {reader.line_num}"
+                    if None in row:  # where csv puts what has no column
+                        raise HypersdError(f"{where}: more fields than columns; put captions with commas in quotes")
+                    yield _pair(where, row)
             else:
                 for number, line in enumerate(file, 1):
                     if not line.strip():

@@ -58,6 +58,8 @@ def test_mismatches_name_file_and_line(tmp_path: Path) -> None:
     assert "c.csv line 3: no picture 'b.png'" in problem(tmp_path)
     table.write_text("file_name,text\na.png\n")
     assert "c.csv line 2: needs a picture's file name and its caption, found 'a.png' and None" in problem(tmp_path)
+    table.write_text("file_name,text\na.png,a fox, red\n")
+    assert "c.csv line 2: more fields than columns; put captions with commas in quotes" in problem(tmp_path)
     table.write_text("file_name,text\na.png,  \n")
     assert "c.csv line 2: the caption of 'a.png' is empty" in problem(tmp_path)
     table.write_text("file_name,text\na.png,x\n")
