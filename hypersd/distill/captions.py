@@ -59,10 +59,14 @@ def pairs(folder: str | Path, captions: str | Path | None = None) -> list[tuple[
 
 def read_picture(path: Path, resolution: int) -> np.ndarray:
     """uint8 (resolution, resolution, 3): the shorter side scaled to `resolution`, the middle cut out, upright as its
-    EXIF says, transparency on white. Raises HypersdError when it cannot be read."""
+    EXIF says, transparency on white. Raises HypersdError when it cannot be read, or its range of values is unknown."""
     try:
         with Image.open(path) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # whose values convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise HypersdError(f"{path} has pixels without a known range (mode {image.mode}); save it with 8 bits")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -92,6 +92,14 @@ def test_read_picture(tmp_path: Path) -> None:
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "side.png", exif=exif)
     square = read_picture(tmp_path / "side.png", 8)
     assert square[0].mean() < 5 and square[-1].mean() > 250
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert np.array_equal(read_picture(tmp_path / name, 8), np.repeat(deep[:, :, None] >> 8, 3, axis=2))
+    for mode in ("I", "F"):
+        Image.new(mode, (8, 8), 300).save(tmp_path / "wide.tif")
+        with pytest.raises(HypersdError, match=rf"wide.tif has pixels without a known range \(mode {mode}\)"):
+            read_picture(tmp_path / "wide.tif", 8)
     (tmp_path / "broken.png").write_bytes((tmp_path / "wide.png").read_bytes()[:60])
     with pytest.raises(HypersdError, match="broken.png cannot be read as a picture"):
         read_picture(tmp_path / "broken.png", 8)
