@@ -269,7 +269,7 @@ def captions(prompts: list[str], file: Path | None) -> list[str]:
     lines = list(prompts)
     if file is not None:
         try:
-            lines += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+            lines += [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise HypersdError(
                 f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or error}", exit_code=2

@@ -195,6 +195,12 @@ def test_what_is_missing_is_said_before_anything_is_encoded(
     assert "does not name 0.png" in said(**good)  # the last thing that is looked at
 
 
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    """Without empty lines, or the mark that some editors put before the first."""
+    (tmp_path / "prompts.txt").write_text("\ufefftwo\n\n three \n", "utf-8")
+    assert resolve.captions(["one"], tmp_path / "prompts.txt") == ["one", "two", "three"]
+
+
 def test_guidance_is_what_the_network_takes() -> None:
     """Asked for, said by the file, or usual; as two passes or as an input. FLUX.1-schnell takes none."""
     unet, dev, schnell = make_unet(), make_flux(), make_flux(guidance_embeds=False)

@@ -81,7 +81,7 @@ def read_picture(path: Path, resolution: int) -> np.ndarray:
 def _beside(picture: Path) -> str:
     beside = picture.with_suffix(".txt")
     try:
-        text = beside.read_text("utf-8").strip()
+        text = beside.read_text("utf-8-sig").strip()
     except FileNotFoundError:
         raise HypersdError(
             f"{picture} has no caption: neither a CSV or JSONL file in the folder nor {beside.name}"

@@ -129,7 +129,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         text = (resources.files("hypersd.distill") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
     else:
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except FileNotFoundError:
             near = _nearest(str(name_or_path), shipped())
             raise _error(

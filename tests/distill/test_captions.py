@@ -25,7 +25,7 @@ def problem(*args: object) -> str:
 
 def test_three_kinds_of_captions(tmp_path: Path) -> None:
     a, b = picture(tmp_path / "a.png"), picture(tmp_path / "sub" / "b.JPG")
-    (tmp_path / "a.txt").write_text("a fox\n")
+    (tmp_path / "a.txt").write_text("\ufeffa fox\n", "utf-8")
     b.with_suffix(".txt").write_text("a hen")
     expected = [(a, "a fox"), (b, "a hen")]
     assert pairs(tmp_path) == expected

@@ -128,6 +128,9 @@ def test_files(tmp_path: Path) -> None:
     assert "cannot read recipe" in line(tmp_path)
     broken.write_bytes(b"\xff\xfe\x00")
     assert "cannot read recipe" in line(broken)
+    marked = tmp_path / "marked.toml"
+    marked.write_text('\ufeff[[stages]]\nmethod = "lcm"\niterations = 3\n', "utf-8")
+    assert load_recipe(marked).stages[0].iterations == 3
     broken.write_text("[train]\nseed = 1\n")
     assert "stages: missing" in line(broken)
     broken.write_text('[[stages]]\nmethod = "tscd"\nsegments = 8\niterations = 5\n')
