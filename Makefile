@@ -48,9 +48,10 @@ clean:
 .PHONY: $(VENV)
 $(VENV): $(STAMP)
 
-# Installed again when the package's own requirements or its C++ sources change.
+# Installed again when the package's own requirements or its C++ sources change. Whether there is an environment is asked
+# of its pip: one that was cut short, or made where Python lacks ensurepip, has none, and is made anew.
 $(STAMP): pyproject.toml $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/cpu/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -q $(CONSTRAIN) "setuptools>=77" wheel ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(CONSTRAIN) $(TORCH)
 	$(PIP) install $(CONSTRAIN) --no-build-isolation -e ".[dev]"
