@@ -41,7 +41,7 @@ def _end(code: int) -> None:
 @app.command()
 def run(
     ops: Ops = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     shapes: Shapes = None,
     dtypes: Dtypes = None,
     peer: Annotated[list[str] | None, typer.Option(help="only this peer; repeatable; default: all")] = None,
@@ -58,11 +58,10 @@ def run(
 
     from .run import main
 
-    resolve.pick_device(device)
     _end(
         main(
-            ops or [], device=device, json_path=json_file, plot_path=plot, shapes=shapes, dtypes=dtypes, peers=peer,
-            seconds=seconds,
+            ops or [], device=resolve.pick_device(device).type, json_path=json_file, plot_path=plot, shapes=shapes,
+            dtypes=dtypes, peers=peer, seconds=seconds,
         )
     )  # fmt: skip
 

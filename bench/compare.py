@@ -166,7 +166,8 @@ def trees(
     json_path: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Compare this tree with `reference`. Returns 0 whatever it finds; 2 for an unknown name or a missing folder."""
+    """Compare this tree with `reference`. Returns 0 whatever it finds; HypersdError for an unknown name or a missing
+    folder."""
     from hypersd.kernels._op import OPS
 
     from .run import DTYPES, SHAPES, unknown, unwritable
@@ -175,8 +176,7 @@ def trees(
     shapes, dtypes = list(shapes or SHAPES["cpu"]), list(dtypes or DTYPES["cpu"])
     wrong = unknown(ops, shapes, dtypes, list(OPS)) or unwritable(json_path)
     if wrong:
-        console.print(wrong, style="red", soft_wrap=True)
-        return 2
+        raise HypersdError(wrong, exit_code=2)
     asked = {"ops": list(ops) or list(OPS), "prefixes": [f"{name}_" for name in shapes]}
     now = HERE.parent
     with checkout(reference, console) as before:

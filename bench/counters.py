@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hypersd.errors import HypersdError
 from hypersd.kernels._op import OPS
 from hypersd.kernels._tune import triton_missing
 
@@ -88,7 +89,7 @@ def main(
     as_json: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Print the counters of `ops` (default: all). Returns 0; 2 for a name that is not known."""
+    """Print the counters of `ops` (default: all). Returns 0; HypersdError for a name that is not known."""
     from .run import unknown
 
     console = console or Console()
@@ -97,8 +98,7 @@ def main(
     strange = [name for name in targets if name not in NVIDIA]
     if wrong or strange:
         said = wrong or f"no target {strange[0]}; known: {', '.join(NVIDIA)}"
-        console.print(said, style="red", soft_wrap=True)
-        return 2
+        raise HypersdError(said, exit_code=2)
     names = list(ops) or list(OPS)
     prefixes = tuple(f"{name}_" for name in shapes) if shapes else ("",)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hypersd.errors import HypersdError
 from hypersd.kernels._op import OPS
 from hypersd.kernels._shapes import SETS
 
@@ -76,15 +77,14 @@ def main(
     console: Console | None = None,
 ) -> int:
     """Measure `ops` (default: every operator and the sampler step) and print a table each. Returns 1 when one of our
-    own rows is red, else 0; 2 for a name that is not known or a file that has no folder.
-    `seconds` is the time of a case, dtype and mode."""
+    own rows is red, else 0. `seconds` is the time of a case, dtype and mode. Raises HypersdError for a name that is not
+    known or a file that has no folder."""
     console = console or Console()
     names, shapes, dtypes = list(ops) or [*OPS, "sampler_step"], shapes or SHAPES[device], dtypes or DTYPES[device]
     wrong = unknown(names, shapes, dtypes) or unknown_peer(names, peers or ())
     wrong = wrong or unwritable(json_path) or unwritable(plot_path)
     if wrong:
-        console.print(wrong, style="red", soft_wrap=True)
-        return 2
+        raise HypersdError(wrong, exit_code=2)
     types = [getattr(torch, name) for name in dtypes]
     roof = roofline.measured(device, types)
     stamp = environment(device) | roof.stamp()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from types import SimpleNamespace
 
@@ -11,8 +10,9 @@ import torch
 from rich.console import Console
 
 import bench
-from bench import compare, gpu, harness, peers, report, sanitize
+from bench import cli, compare, counters, gpu, harness, peers, report, sanitize
 from bench import run as bench_run
+from hypersd.errors import HypersdError
 from hypersd.kernels import _native
 from hypersd.kernels._op import OPS, asked_for
 
@@ -108,11 +108,26 @@ def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
     assert all(row["p50"] for row in bad if row["provider"] == "eager")
 
 
+def refused(job, *arguments, **options) -> str:
+    """The one line of a request that is wrong."""
+    with pytest.raises(HypersdError) as caught:
+        job(*arguments, **options)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
 def test_unknown_names_are_refused():
-    said = Console(record=True, quiet=False, file=open("/dev/null", "w"))
-    assert bench.main(["no_such_op"], console=said) == 2
-    assert "no operator no_such_op" in said.export_text()
-    assert bench.main(["affine_step"], dtypes=["float12"], console=QUIET) == 2
+    assert "no operator no_such_op; known: " in refused(bench.main, ["no_such_op"])
+    assert "no dtype float12; known: float32" in refused(bench.main, ["affine_step"], dtypes=["float12"])
+    assert "no operator sampler_step" in refused(counters.main, ["sampler_step"])
+    assert "no target sm_70; known: sm_80, sm_90" in refused(counters.main, ["geglu"], targets=["sm_70"])
+
+
+def test_the_device_of_a_command_is_picked(monkeypatch):
+    picked = []
+    monkeypatch.setattr(bench_run, "main", lambda ops, *, device, **options: picked.append(device) or 0)
+    cli.run(device="auto")
+    assert picked == ["cuda" if torch.cuda.is_available() else "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -127,14 +142,10 @@ def test_unknown_names_are_refused():
 def test_what_cannot_be_is_refused_before_anything_is_measured(options, words, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_run.roofline, "measured", lambda *args: pytest.fail("measured"))
     options = {k: v if k == "peers" else tmp_path / v for k, v in options.items()}
-    said = Console(record=True, file=io.StringIO(), width=400)
-    assert bench.main(["affine_step"], console=said, **options) == 2
-    assert words in said.export_text()
+    assert words in refused(bench.main, ["affine_step"], **options)
     if "json_path" in options:
         monkeypatch.setattr(compare, "checkout", lambda *args: pytest.fail("checked out"))
-        said = Console(record=True, file=io.StringIO(), width=400)
-        assert compare.trees("HEAD", ["affine_step"], console=said, **options) == 2
-        assert words in said.export_text()
+        assert words in refused(compare.trees, "HEAD", ["affine_step"], **options)
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_conv2d"])
