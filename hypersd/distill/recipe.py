@@ -68,7 +68,7 @@ class Train(Section):
     init: str | None = None
     batch_size: Positive = 32
     accumulation: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters and jumps are float32 either way
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)

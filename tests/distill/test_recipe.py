@@ -64,6 +64,7 @@ def test_overrides() -> None:
         ("train.batch_size=abc", "train.batch_size: found 'abc', should be a valid integer"),
         ("train.batch_size=1.5", "train.batch_size: found 1.5, should be a valid integer"),
         ("train.batch_size=0", "train.batch_size: found 0, should be greater than or equal to 1"),
+        ("train.seed=9223372036854775808", "train.seed: found 9223372036854775808, should be less than 922"),
         ("train.learning_rate=nan", "train.learning_rate: found nan, should be a finite number"),
         ("train.gradient_checkpointing=1", "found 1, should be 'none', 'feed_forward' or 'full'"),
         (
