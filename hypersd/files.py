@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hypersd.errors import HypersdError
 
 
@@ -30,8 +32,8 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:  # of save_file, which says a full disk in its own way
+        reason = getattr(error, "strerror", None) or error
         raise HypersdError(f"cannot write {path}: {reason}; free space or choose another folder") from error
     finally:
         if temporary is not None:

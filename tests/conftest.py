@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,17 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 def _same_numbers():
     """Numbers that a test draws without a generator of its own are the same in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Inside, no file grows beyond `room` bytes: the writer fails as on a full disk, half way through."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 SCHEDULER = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -26,7 +24,7 @@ from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import PRESETS, rules_for, sampler_for
-from tests.conftest import SCHEDULER
+from tests.conftest import SCHEDULER, full_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -309,20 +307,21 @@ def test_folder_that_cannot_be_written(fails, recipe, tmp_path):
     assert "choose another --out" in fails(1, "demo", "--out", tmp_path / "file" / "run")
 
 
-def test_full_disk_leaves_nothing_half_written(fails, recipe, lora, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing_half_written(fails, recipe, lora, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(lora.parent, run)
     before = {path: path.read_bytes() for path in run.glob("*.safetensors")}
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("hypersd.files.os.fsync", full)
-    assert "No space left on device" in fails(1, "distill", recipe, "--out", run)
+    with full_disk(lora.stat().st_size // 2):
+        line = fails(1, "distill", recipe, "--out", run)
+    assert "lora-2step.safetensors" in line and "File too large" in line and "free space" in line
     after = {path: path.read_bytes() for path in run.glob("*.safetensors")}
     # a fresh run puts the older checkpoint aside
     before[run / "checkpoint.old.safetensors"] = before.pop(run / "checkpoint.safetensors")
-    assert after == before and not list(run.glob(".*"))
+    assert after == before and not list(run.glob(".*.safetensors"))
+    with full_disk(1000):
+        assert "shard-00000.safetensors" in fails(1, "distill", recipe, "--out", tmp_path / "new")
+    assert list((tmp_path / "new" / "latents").iterdir()) == []
 
 
 def test_no_gpu_is_said_before_anything_is_loaded(fails, monkeypatch):

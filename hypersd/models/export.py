@@ -61,14 +61,7 @@ def save_lora(
             "target_modules": list(layers),
         }
         full[_DIFFUSERS_KEY] = json.dumps({f"{backbone.key_prefix}.{k}": v for k, v in config.items()}, sort_keys=True)
-
-    def write(target: Path) -> None:
-        try:
-            save_file(state, target, metadata=full)
-        except SafetensorError as error:
-            raise HypersdError(f"cannot write {path}: {error}; free space or choose another folder") from error
-
-    return atomic_write(path, write)
+    return atomic_write(path, lambda temporary: save_file(state, temporary, metadata=full))
 
 
 def load_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,7 +15,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from hypersd import files
 from hypersd.distill import trainer as training
 from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.distill.data import LatentDataset
@@ -27,6 +27,7 @@ from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora
+from tests.conftest import full_disk
 from tests.distill import toy
 
 
@@ -277,19 +278,16 @@ def test_a_fresh_run_keeps_the_checkpoint_of_an_older_one(tmp_path: Path, caplog
         toy_trainer(recipe(2), tmp_path).run(resume=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     r = recipe(2, iterations=7)
-    written = []
+    full = ExitStack()
 
-    def full_later(descriptor: int) -> None:
-        written.append(descriptor)
-        if len(written) > 1:
-            raise OSError(28, "No space left on device")
+    def full_later(stage: str, step: int, total: int, loss: float) -> None:
+        if step == 4:  # the first checkpoint is written
+            full.enter_context(full_disk(2000))
 
-    monkeypatch.setattr(files.os, "fsync", full_later)
-    with pytest.raises(HypersdError, match="No space left"):
-        toy_trainer(r, tmp_path / "cut").run()
-    monkeypatch.undo()
+    with full, pytest.raises(HypersdError, match="cannot write .*checkpoint.safetensors.*File too large.*free space"):
+        toy_trainer(r, tmp_path / "cut", progress=full_later).run()
     names = ["checkpoint.good.safetensors", "checkpoint.safetensors", "metrics.jsonl"]
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == names
     assert_same(toy_trainer(r, tmp_path / "cut").run(resume=True), toy_trainer(r, tmp_path / "whole").run())

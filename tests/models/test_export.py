@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 
 import diffusers
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, encode_prompts, formats, load_components, load_lora, save_lora
-from tests.conftest import make_flux, make_sd3, make_sdxl_unet, make_unet
+from tests.conftest import full_disk, make_flux, make_sd3, make_sdxl_unet, make_unet
 
 SPEC = LoraSpec(rank=4, alpha=2)
 METADATA = {"prediction_type": "epsilon", "solver": "tcd", "steps": "1,2,4,8", "eta": "0.3", "guidance_scale": "1.0"}
@@ -187,16 +186,10 @@ def test_broken_files_are_one_clear_line(backbone, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(backbone, tmp_path):
-    """A limit on the file size fails the writer as a full disk does, half way through."""
     path = save_lora(tmp_path / "lora.safetensors", backbone, "student")
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-        with pytest.raises(HypersdError, match="cannot write .*lora.safetensors.*free space") as error:
-            save_lora(path, backbone, "student", METADATA)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(len(before) // 2), pytest.raises(HypersdError, match="cannot write .*lora.*free space") as error:
+        save_lora(path, backbone, "student", METADATA)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(HypersdError, match="format 'onnx'"):
