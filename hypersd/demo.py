@@ -23,6 +23,7 @@ from hypersd.evaluate.run import evaluate
 from hypersd.files import atomic_write
 from hypersd.models.export import load_lora
 from hypersd.resolve import (
+    alone,
     has_bfloat16,
     load_dataset,
     load_model,
@@ -79,7 +80,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
     training = writable(writable(out) / "training")
     components = load_model(recipe.model.path, device)
     judge = evaluators.load("judge", components.device)
-    with Progress(work_of(recipe, plan.samples), console) as progress:
+    with alone(training), Progress(work_of(recipe, plan.samples), console) as progress:
         dataset = load_dataset(
             recipe, components, training / "latents", lambda done, total: progress("encode pictures", done, total)
         )

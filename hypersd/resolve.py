@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from hypersd import __version__
 from hypersd.distill.captions import pairs, read_picture
@@ -110,6 +111,15 @@ def writable(folder: str | Path) -> Path:
             return folder
     except OSError as error:
         raise HypersdError(f"cannot write into {folder}: {error.strerror or error}; choose another --out") from None
+
+
+def alone(folder: Path) -> AcquireReturnProxy:
+    """With this, no other process trains in the folder: each would write over the other's checkpoints and log. Set free
+    by the system should the process die."""
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise HypersdError(f"another process is at work in {folder}; wait for it or choose another --out") from None
 
 
 def load_dataset(

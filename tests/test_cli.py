@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hypersd import cli
+from hypersd import cli, resolve
 from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
@@ -305,6 +305,12 @@ def test_folder_that_cannot_be_written(fails, recipe, tmp_path):
     (tmp_path / "file").write_text("")
     assert "choose another --out" in fails(1, "distill", recipe, "--out", tmp_path / "file" / "run")
     assert "choose another --out" in fails(1, "demo", "--out", tmp_path / "file" / "run")
+
+
+def test_one_run_at_a_time_in_a_folder(fails, recipe, tmp_path):
+    with resolve.alone(tmp_path):
+        assert f"another process is at work in {tmp_path}" in fails(1, "distill", recipe, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
 
 
 def test_full_disk_leaves_nothing_half_written(fails, recipe, lora, tmp_path):
