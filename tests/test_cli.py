@@ -110,6 +110,11 @@ def test_resume_of_a_finished_run_changes_nothing(lora, recipe, tmp_path):
     shutil.copytree(lora.parent, run)
     assert cli.run(["distill", str(recipe), "--out", str(run), "--resume"]) == 0
     assert (run / "lora.safetensors").read_bytes() == lora.read_bytes()
+    (run / "lora.safetensors").unlink()
+    assert cli.run(["distill", str(recipe), "--out", str(run), "--resume"]) == 0
+    (state, metadata), (wanted, said) = load_lora(run / "lora.safetensors"), load_lora(lora)
+    assert metadata == said and state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
 def test_dry_run_prints_a_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch, tiny_unet):

@@ -152,6 +152,8 @@ class Trainer:
             self.log = Log(self.out_dir / "metrics.jsonl", keep)
             self.guard = Guard(self.checkpoint, self.log.kept)
             with Interrupt() as interrupt:
+                if self.stage == len(self.recipe.stages) and not (self.out_dir / "lora.safetensors").exists():
+                    self._export(self.recipe.stages[-1])  # of a finished run, and removed since
                 while self.stage < len(self.recipe.stages):
                     self._run_stage(interrupt)
             self.guard.end()
@@ -460,7 +462,7 @@ class Trainer:
         metadata = METHODS[type(stage)].metadata(stage, self.process)
         metadata |= model_metadata(self._told, self.components, self.backbone, self.dataset.latent_size)
         files = {stage.file: EMA}
-        if self.stage == len(self.recipe.stages) - 1:
+        if stage is self.recipe.stages[-1]:
             files["lora"] = self.result
         for name, role in files.items():
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
