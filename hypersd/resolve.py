@@ -164,12 +164,22 @@ def load_dataset(
 
 def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
     """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
-    for a missing checkpoint to go on from, LoRA targets without a layer, and for `train.init`, rewards and structure
-    that are not there, cannot be read, or do not fit the model."""
+    for a missing checkpoint to go on from, a resolution that the model cannot have, LoRA targets without a layer, and for
+    `train.init`, rewards and structure that are not there, cannot be read, or do not fit the model."""
     if resume or from_good:
         checkpoint = out / "checkpoint.safetensors"
         read_state(good_name(checkpoint) if from_good else checkpoint)
-    network = skeletons(model_folder(recipe.model.path), only_network=True)["network"]
+    folder = model_folder(recipe.model.path)
+    parts = skeletons(folder, only_network=recipe.data.resolution is None)
+    network = parts["network"]
+    if recipe.data.resolution is not None:
+        multiple = Components(network, parts["vae"], [], [], {}, folder).pixel_multiple
+        if recipe.data.resolution % multiple:
+            raise HypersdError(
+                f"data.resolution = {recipe.data.resolution} is not possible with this model; take a multiple of "
+                f"{multiple}",
+                exit_code=2,
+            )
     lora = recipe.lora
     backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, lora.targets or default_targets(network)))
     if recipe.train.init is not None:

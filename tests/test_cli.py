@@ -225,6 +225,8 @@ def test_doctor_says_what_runs(capsys):
 def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
     assert "learning_rate" in fails(2, "distill", recipe, "--set", "train.learning_rat=1")
     assert "train.batch_size" in fails(2, "distill", recipe, "--set", "train.batch_size='many'", "--dry-run")
+    line = fails(2, "distill", recipe, "--set", "data.resolution=50", "--dry-run")
+    assert "data.resolution = 50 is not possible with this model; take a multiple of 4" in line
     assert "no recipe nothing.toml" in fails(2, "distill", "nothing.toml")
     assert "is not of the form" in fails(2, "distill", recipe, "--set", "train.batch_size")
     assert "No such command" in fails(2, "distil")
