@@ -78,12 +78,13 @@ def demo(
     budget: Annotated[
         BudgetName, typer.Option(help="quick: minutes on two cores; full: an hour or so")
     ] = BudgetName.quick,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint of this budget in the folder")] = False,
     device: Device = "auto",
 ) -> None:
     """Distil the embedded model, sample it in 1, 2, 4 and 8 steps beside its teacher, and write a report."""
     from hypersd import demo as job
 
-    metrics = job.run(out, budget.value, device=device, console=error_console)
+    metrics = job.run(out, budget.value, resume=resume, device=device, console=error_console)
     _summary(metrics)
     _say(f"report: {out / 'report.html'}")
 

@@ -18,12 +18,14 @@ from hypersd.console import Progress
 from hypersd.distill.recipe import Recipe, load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.distill.trainer import Trainer
+from hypersd.errors import HypersdError
 from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
 from hypersd.files import atomic_write
 from hypersd.models.export import load_lora
 from hypersd.resolve import (
     alone,
+    check,
     has_bfloat16,
     load_dataset,
     load_model,
@@ -68,8 +70,16 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     return [{"stage": row["stage"], "step": number, "loss": row["loss"]} for number, row in enumerate(rows, 1)]
 
 
-def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Console | None = None) -> dict[str, Any]:
-    """Run everything; returns the content of metrics.json. Training state and cached latents lie in out/training."""
+def run(
+    out: Path,
+    budget: str = "quick",
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run everything; returns the content of metrics.json. Training state and cached latents lie in out/training; with
+    `resume` the training goes on from there. Raises HypersdError where it cannot, before anything is changed."""
     from hypersd.emoji import evaluators
 
     started = time.monotonic()
@@ -77,6 +87,12 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
     overrides = [] if has_bfloat16(pick_device(device)) else ["train.dtype=float32"]
     recipe = load_recipe(plan.recipe, overrides)
     seed = recipe.train.seed
+    training = out / "training"
+    if resume:
+        try:
+            check(recipe, training, resume=True)
+        except HypersdError as error:
+            raise HypersdError(f"--resume with budget {budget}: {error}", exit_code=error.exit_code) from None
     training = writable(writable(out) / "training")
     components = load_model(recipe.model.path, device)
     judge = evaluators.load("judge", components.device)
@@ -89,7 +105,7 @@ def run(out: Path, budget: str = "quick", *, device: str = "auto", console: Cons
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
             **load_rewards(recipe, components),
         )  # fmt: skip
-        backbone = trainer.run()
+        backbone = trainer.run(resume=resume)
         reference, zero = scene_references(plan.samples, seed, VARIETY)
         process = components.noise_process()
         _, metadata = load_lora(training / "lora.safetensors")

@@ -23,6 +23,7 @@ from hypersd.distill.instances import CocoInstances
 from hypersd.distill.method import StructureLoss, asked_for
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.stages import RewardTerm, StructureTerm
+from hypersd.distill.trainer import check_recipe
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
@@ -164,11 +165,13 @@ def load_dataset(
 
 def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
     """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
-    for a missing checkpoint to go on from, a resolution that the model cannot have, LoRA targets without a layer, and for
-    `train.init`, rewards and structure that are not there, cannot be read, or do not fit the model."""
+    where the checkpoint to go on from is missing or of another recipe, for a resolution that the model cannot have, for
+    LoRA targets without a layer, and for `train.init`, rewards and structure that are not there, cannot be read, or do
+    not fit the model."""
     if resume or from_good:
         checkpoint = out / "checkpoint.safetensors"
-        read_state(good_name(checkpoint) if from_good else checkpoint)
+        path = good_name(checkpoint) if from_good else checkpoint
+        check_recipe(read_state(path), recipe, path, from_good=from_good)
     folder = model_folder(recipe.model.path)
     parts = skeletons(folder, only_network=recipe.data.resolution is None)
     network = parts["network"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from hypersd import cli, demo
 from hypersd.console import Progress, duration
 from hypersd.distill.recipe import load_recipe
+from hypersd.distill.trainer import Trainer
 from hypersd.evaluate.run import COLUMNS, evaluate
 from hypersd.models.export import load_lora
 
@@ -113,6 +116,39 @@ def test_demo_leaves_everything_that_it_promises(embedded, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "student, 8 steps" in printed.out and str(out / "report.html") in printed.out.replace("\n", "")
     assert "tscd-2: 2/2" in printed.err and "about 0 s left in all" in printed.err
+
+
+def test_an_interrupted_demo_goes_on(embedded, capsys, monkeypatch):
+    """By its own budget only, where there is something to go on from; what is done is not trained again."""
+    out, taken, optimizer_step = embedded / "out", [], Trainer._optimizer_step
+
+    def step(self, method):
+        taken.append((self.stage, self.step))
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # handled before the next step's end
+        return optimizer_step(self, method)
+
+    def judge(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(demo, "evaluate", judge)
+    assert cli.run(["demo", "--out", str(out), "--resume"]) == 1
+    assert "error: --resume with budget quick: no checkpoint" in capsys.readouterr().err and not out.exists()
+    assert cli.run(["demo", "--out", str(out)]) == 1
+    assert "resume goes on from there" in capsys.readouterr().err
+    index = out / "training" / "latents" / "index.json"
+    before = index.read_bytes()
+    (embedded / "other.toml").write_text(RECIPE.replace("count = 8", "count = 9"))
+    monkeypatch.setitem(demo.BUDGETS, "full", demo.Budget(str(embedded / "other.toml"), 3))
+    assert cli.run(["demo", "--out", str(out), "--resume", "--budget", "full"]) == 2
+    assert "with budget full: " in (said := capsys.readouterr().err) and "made with data.count = 8, the" in said
+    assert index.read_bytes() == before
+    for _ in range(2):  # the second time nothing is left to train
+        with pytest.raises(InterruptedError):
+            demo.run(out, resume=True)
+        assert taken == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1)]
+    assert load_lora(out / "training" / "lora.safetensors")[1]["method"] == "feedback"
 
 
 @pytest.mark.slow

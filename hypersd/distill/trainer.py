@@ -412,15 +412,10 @@ class Trainer:
     def _load(self, from_good: bool) -> None:
         path, own = good_name(self.checkpoint) if from_good else self.checkpoint, self._identity()
         self.loaded, state = load_checkpoint(path)
-        old, new = completed(state["recipe"]), own["recipe"]
-        if from_good:
-            old, new = (_begun(recipe, state["stage"], state["step"]) for recipe in (old, new))
-        _same_recipe(old, new, path)
+        check_recipe(state, self.recipe, path, from_good=from_good)
         if state["data"] != own["data"]:
             raise HypersdError(f"{path} was made with other training data; resume needs the same pictures")
         self.stage, self.step = state["stage"], state["step"]
-        if self.stage < len(self.recipe.stages) and self.step > self.recipe.stages[self.stage].iterations:
-            raise HypersdError(f"{path} has {self.step} steps of stage {self.stage}, the recipe fewer", exit_code=2)
         had_previous = any(name.startswith(f"{PREVIOUS}/") for name in self.loaded)
         if had_previous and not self.has_previous:
             self.backbone.add_role(PREVIOUS, like=STUDENT)
@@ -466,6 +461,17 @@ class Trainer:
             files["lora"] = self.result
         for name, role in files.items():
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
+
+
+def check_recipe(state: dict[str, Any], recipe: Recipe, path: Path, *, from_good: bool = False) -> None:
+    """Raises HypersdError (exit code 2) where a run by `recipe` cannot go on from `state` of the checkpoint `path`."""
+    old, new = completed(state["recipe"]), recipe.model_dump(mode="json")
+    stage, step = state["stage"], state["step"]
+    if from_good:
+        old, new = (_begun(one, stage, step) for one in (old, new))
+    _same_recipe(old, new, path)
+    if stage < len(recipe.stages) and step > recipe.stages[stage].iterations:
+        raise HypersdError(f"{path} has {step} steps of stage {stage}, the recipe fewer", exit_code=2)
 
 
 def rate_factor(kind: str, step: int, steps: int, warmup: int) -> float:
