@@ -39,7 +39,7 @@ out_console, error_console = Console(), Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda")]
 Model = Annotated[str, typer.Option(help='"embedded", or a folder in the diffusers layout')]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 
 
 class BudgetName(str, Enum):

@@ -234,6 +234,7 @@ def test_wrong_requests_exit_with_2(fails, recipe, tmp_path, lora):
     assert "'full'" in fails(2, "demo", "--budget", "huge")
     assert "no prompts" in fails(2, "sample", "--lora", lora)
     assert "cannot read prompts" in fails(2, "sample", "--prompt-file", tmp_path / "none.txt")
+    assert "'--seed'" in fails(2, "sample", "x", "--seed", 2**63)
     for device in ("abacus", "mps", "meta"):
         assert "unknown; use auto, cpu or cuda" in fails(2, "sample", "x", "--device", device)
     for solver in ("lcm", "dpmpp_2m", "euler"):
