@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hypersd import cli, resolve
+import hypersd
+from hypersd import __main__, cli, resolve
 from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
@@ -347,6 +348,19 @@ def test_debug_shows_the_traceback(capsys):
     assert cli.run(["distill", "--debug", "nothing.toml"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: no recipe nothing.toml")
+
+
+def test_ctrl_c_while_the_command_is_loading(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "hypersd.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "hypersd.cli")
+    monkeypatch.delattr(hypersd, "cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit, match="^error: interrupted before anything was begun$"):
+        __main__.main()
 
 
 @pytest.mark.parametrize(
