@@ -61,6 +61,8 @@ class DMD2(DistributionMatching):
         with torch.no_grad():
             for i in range(steps - 1):
                 rows = np.flatnonzero(last > i)
+                if not len(rows):  # the batch is smaller than the number of steps
+                    break
                 index = torch.from_numpy(rows).to(x_t.device, non_blocking=True)
                 some = {name: value[index] for name, value in batch.cond.items()}
                 x = self.clean(x_t[index], np.full(len(rows), self.timesteps[i]), some, STUDENT)

@@ -154,6 +154,17 @@ def test_every_step_has_its_share_of_the_batch_and_sampling_is_what_was_simulate
         np.testing.assert_allclose(table.coef[i, 4], sigma, rtol=1e-9)
 
 
+def test_a_batch_smaller_than_the_number_of_steps_asks_the_network_for_no_empty_rows() -> None:
+    scene = Scene("epsilon")
+    method, net = built(scene, method="dmd2", adversarial_weight=0.0)
+    batch, sizes = Batch(scene.x_0[:1], {"c": scene.c[:1]}), []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for key in range(12):
+        method.generate(batch, Draw((key,), CPU))
+    steps = [1 + int(Draw((key,), CPU).host.integers(4)) for key in range(12)]
+    assert set(steps) == {1, 2, 3, 4} and sizes == [1] * sum(steps)
+
+
 def test_a_gaussian_student_moves_to_the_teachers_gaussian(tmp_path: Any) -> None:
     g = torch.Generator().manual_seed(5)
     data = LatentDataset([{"latents": MEAN + SPREAD * torch.randn(512, 16, generator=g)}], [""] * 512, {})
