@@ -48,11 +48,13 @@ class DMD(DistributionMatching):
 
     @staticmethod
     def metadata(stage: DMDStage, process: NoiseProcess) -> dict[str, str]:
-        """One step from where it was trained; and where the consistency loss kept them, 2 to 8 TCD steps."""
+        """One step from where it was trained, to the very x_0 (lcm); or TCD, which ends at timestep 0, where the
+        consistency loss kept 2 to 8 steps as well."""
         trained = process.num_train_timesteps
         grids = {1: np.array([trained - 1 if stage.timestep is None else min(stage.timestep, trained - 1)])}
-        if stage.consistency > 0:
-            grids |= {n: trailing(n, trained) for n in (2, 4, 8)}
+        if stage.consistency == 0:
+            return sampling_metadata(stage.method, process, "lcm", grids)
+        grids |= {n: trailing(n, trained) for n in (2, 4, 8)}
         return sampling_metadata(stage.method, process, "tcd", grids, eta=0.3)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:

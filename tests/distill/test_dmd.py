@@ -18,6 +18,7 @@ from hypersd.distill.stages import DMDStage
 from hypersd.distill.trainer import Trainer
 from hypersd.errors import HypersdError
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling.sampler import sample, sampler_for
 from tests.distill import toy
 
 # enough dimensions for the mean |x - x_real| of a sample to be no wild number
@@ -230,9 +231,22 @@ def test_the_fake_scores_target_is_what_the_network_ought_to_say(kind: str) -> N
 
 def test_the_file_serves_one_to_eight_steps() -> None:
     metadata = DMD.metadata(stage(), toy.PROCESS)
-    assert metadata["solver"] == "tcd" and metadata["steps"] == "1" and metadata["method"] == "dmd"
-    assert DMD.metadata(stage(consistency=0.3), toy.PROCESS)["steps"] == "1,2,4,8"
+    assert metadata["solver"] == "lcm" and metadata["steps"] == "1" and metadata["method"] == "dmd"
+    metadata = DMD.metadata(stage(consistency=0.3), toy.PROCESS)
+    assert metadata["solver"] == "tcd" and metadata["steps"] == "1,2,4,8"
     assert json.loads(DMD.metadata(stage(timestep=800), toy.PROCESS)["timesteps"]) == {"1": [800]}
+
+
+@pytest.mark.parametrize("timestep", [None, 800])
+def test_sampling_ends_where_training_moved_the_sample(timestep: int | None) -> None:
+    """Not at the noise that timestep 0 still has."""
+    method, model = fixed(timestep=timestep)
+    draw = Draw((5,), torch.device("cpu"))
+    x = method.generate(batch(8), draw).detach()
+    z = Draw((5,), torch.device("cpu")).normal((8, 16), x)
+    table = sampler_for(toy.PROCESS, DMD.metadata(method.stage, toy.PROCESS))
+    found = sample(lambda x_t, t: model(x_t, t, {}, role="student"), table, z)
+    torch.testing.assert_close(found, x, rtol=1e-6, atol=1e-6)
 
 
 def test_samples_that_are_all_alike_are_reported() -> None:
