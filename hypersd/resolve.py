@@ -23,12 +23,12 @@ from hypersd.distill.instances import CocoInstances
 from hypersd.distill.method import StructureLoss, asked_for
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.stages import RewardTerm, StructureTerm
-from hypersd.distill.trainer import check_recipe
+from hypersd.distill.trainer import check_recipe, check_run
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
 from hypersd.models.fused import fuse
-from hypersd.models.load import Components, load_components, skeletons, stamps
+from hypersd.models.load import Components, load_components, read_scheduler, skeletons, stamps
 from hypersd.models.lora import LoraSpec
 from hypersd.models.networks import DEFAULT_GUIDANCE, default_targets, embeds_guidance, kind
 from hypersd.models.noise_process import NoiseProcess
@@ -166,13 +166,15 @@ def load_dataset(
 def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
     """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
     where the checkpoint to go on from is missing or of another recipe, for a resolution that the model cannot have, for
-    LoRA targets without a layer, and for `train.init`, rewards and structure that are not there, cannot be read, or do
-    not fit the model."""
+    LoRA targets without a layer, for a stage that the model cannot serve, and for `train.init`, rewards and structure
+    that are not there, cannot be read, or do not fit the model."""
     if resume or from_good:
         checkpoint = out / "checkpoint.safetensors"
         path = good_name(checkpoint) if from_good else checkpoint
         check_recipe(read_state(path), recipe, path, from_good=from_good)
-    folder = model_folder(recipe.model.path)
+    folder, lora = model_folder(recipe.model.path), recipe.lora
+    # mu: the shift of a flow model may be that of the pictures' size, on which nothing here depends
+    check_run(recipe, NoiseProcess.from_config(read_scheduler(folder), mu=1.0))
     parts = skeletons(folder, only_network=recipe.data.resolution is None)
     network = parts["network"]
     if recipe.data.resolution is not None:
@@ -183,7 +185,6 @@ def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = 
                 f"{multiple}",
                 exit_code=2,
             )
-    lora = recipe.lora
     backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, lora.targets or default_targets(network)))
     if recipe.train.init is not None:
         try:

@@ -15,14 +15,15 @@ from PIL import Image
 from hypersd import cli, resolve
 from hypersd.distill.method import Context
 from hypersd.distill.recipe import parse_recipe
-from hypersd.distill.trainer import METHODS
+from hypersd.distill.trainer import METHODS, Trainer
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
-from hypersd.models.load import Components, load_components
+from hypersd.models.load import Components, load_components, read_scheduler
 from hypersd.models.lora import LoraSpec
 from hypersd.models.noise_process import NoiseProcess
 from tests.conftest import SCHEDULER, make_flux, make_unet
+from tests.distill import toy
 from tests.models.test_rewards import mask2former
 
 
@@ -199,6 +200,36 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     """Without empty lines, or the mark that some editors put before the first."""
     (tmp_path / "prompts.txt").write_text("\ufefftwo\n\n three \n", "utf-8")
     assert resolve.captions(["one"], tmp_path / "prompts.txt") == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"method": "tscd", "segments": 1, "grid": 5000}, "grid = 5000 wants a model of 5000 timesteps"),
+        ({"method": "tscd", "segments": 2000, "grid": 3000}, "grid = 3000 wants"),
+        ({"method": "rg_lcd", "rewards": [{"kind": "scene_alignment"}], "grid": 1001}, "grid = 1001 wants"),
+        ({"method": "pcm", "phases": 1000, "grid": 1000}, "phases must lie between 1 and 999, got 1000"),
+        ({"method": "perflow", "windows": 300}, "windows = 300 wants a model of 1200 timesteps"),
+        ({"method": "lightning", "teacher": "base", "student_steps": 1, "teacher_steps": 1001}, "teacher_steps = 1001"),
+        ({"method": "dmd", "real_score": "base", "anchor_steps": 5000}, "anchor_steps = 5000 wants"),
+        ({"method": "dmd", "real_score": "base", "timestep": 1000}, "timestep = 1000 wants a model of 1001 timesteps"),
+        ({"method": "dmd2", "timesteps": [1000, 500]}, r"timesteps = \[1000, 500\] wants a model of 1001 timesteps"),
+        ({"method": "feedback", "rollout": [1, 1001], "structure": {"kind": "scenes"}}, r"rollout = \[1, 1001\] wants"),
+    ],
+)
+def test_a_stage_that_the_model_cannot_serve_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], message: str
+) -> None:
+    """The model has 1000 timesteps. By the command before anything is encoded, by the trainer before it trains."""
+    first = {"method": "tscd", "segments": 1, "iterations": 1}
+    r = parse_recipe({"stages": [first, stage | {"iterations": 1}]})
+    config = read_scheduler(resolve.model_folder("embedded"))
+    bare = SimpleNamespace(scheduler_config=config, network=None)
+    monkeypatch.setattr(resolve, "Backbone", lambda *_: pytest.fail("the network is looked at"))
+    for ask in (lambda: resolve.check(r, tmp_path), lambda: Trainer(r, bare, toy.dataset(1), tmp_path)):
+        with pytest.raises(HypersdError, match=rf"^stages\.1: {message}") as caught:
+            ask()
+        assert caught.value.exit_code == 2
 
 
 def test_guidance_is_what_the_network_takes() -> None:

@@ -113,6 +113,10 @@ class PeRFlowStage(GuidedStage):
         return self.windows
 
     @property
+    def wants(self) -> dict[str, int]:
+        return {"windows": 4 * self.windows}  # the file says how to take as many as four steps in each
+
+    @property
     def network_evaluations(self) -> float:
         return self.solver_steps * self.teacher_passes + 3
 
@@ -159,6 +163,10 @@ class LightningStage(GuidedStage):
     @property
     def steps(self) -> int:
         return self.student_steps
+
+    @property
+    def wants(self) -> dict[str, int]:
+        return {"teacher_steps": self.teacher_steps, "starts": self.starts or 1}
 
     @property
     def improves(self) -> bool:
@@ -223,6 +231,10 @@ class DMD2Stage(MatchingStage):
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def wants(self) -> dict[str, int]:
+        return {"timesteps": self.timesteps[0] + 1}
 
     @property
     def roles(self) -> tuple[str, ...]:

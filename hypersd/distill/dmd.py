@@ -40,8 +40,7 @@ class DMD(DistributionMatching):
         super().__init__(stage, context, [COLLAPSED])
         self.stage = stage
         self.real_role = START if stage.real_score == "tscd" else BASE
-        last = self.process.num_train_timesteps - 1
-        self.start = last if stage.timestep is None else min(stage.timestep, last)
+        self.start = self.process.num_train_timesteps - 1 if stage.timestep is None else stage.timestep
         joint = {"segments": 1, "grid": stage.grid, "guidance_scale": stage.guidance_scale, "t_end_mix": 0.5}
         joint |= {"method": "tscd", "iterations": 1, "offset_noise": 0.0, "pure_noise": 0.5}
         self.tscd = TSCD(TSCDStage.model_validate(joint), Context(context.backbone, context.process, context.uncond))
@@ -51,7 +50,7 @@ class DMD(DistributionMatching):
         """One step from where it was trained, to the very x_0 (lcm); or TCD, which ends at timestep 0, where the
         consistency loss kept 2 to 8 steps as well."""
         trained = process.num_train_timesteps
-        grids = {1: np.array([trained - 1 if stage.timestep is None else min(stage.timestep, trained - 1)])}
+        grids = {1: np.array([trained - 1 if stage.timestep is None else stage.timestep])}
         if stage.consistency == 0:
             return sampling_metadata(stage.method, process, "lcm", grids)
         grids |= {n: trailing(n, trained) for n in (2, 4, 8)}

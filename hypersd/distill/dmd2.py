@@ -20,7 +20,6 @@ from hypersd.distill.health import Alarm
 from hypersd.distill.matching import DistributionMatching
 from hypersd.distill.method import STUDENT, Context, Draw
 from hypersd.distill.parts import sampling_metadata
-from hypersd.errors import HypersdError
 from hypersd.models.noise_process import NoiseProcess
 
 COLLAPSED = Alarm(
@@ -38,11 +37,6 @@ class DMD2(DistributionMatching):
     def __init__(self, stage: DMD2Stage, context: Context) -> None:
         super().__init__(stage, context, [COLLAPSED])
         self.timesteps = np.array(stage.timesteps, np.int64)
-        if self.timesteps[0] >= self.process.num_train_timesteps:
-            raise HypersdError(
-                f"the stage's timesteps begin with {self.timesteps[0]}, but the model has "
-                f"{self.process.num_train_timesteps}, from 0"
-            )
 
     @staticmethod
     def metadata(stage: DMD2Stage, process: NoiseProcess) -> dict[str, str]:

@@ -118,7 +118,8 @@ class Method(Protocol):
 
     @staticmethod
     def metadata(stage: Any, process: NoiseProcess) -> dict[str, str]:
-        """What the stage's LoRA file says about sampling (see hypersd.models.export)."""
+        """What the stage's LoRA file says about sampling (see hypersd.models.export). Raises HypersdError or ValueError
+        for a process that cannot serve the stage: the trainer asks before it begins."""
         ...
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:

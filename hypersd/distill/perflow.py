@@ -30,8 +30,6 @@ class PeRFlow:
     def __init__(self, stage: PeRFlowStage, context: Context) -> None:
         self.stage, self.context, self.process = stage, context, context.process
         self.guided = stage.guidance_scale != (1.0, 1.0) and not context.embeds_guidance
-        T = self.process.num_train_timesteps
-        chord(self.process, *perflow_windows(T - 1, stage.windows, T))  # raises at once where it must
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch. latents (B, C, ...), one t and guidance scale per sample."""
@@ -55,10 +53,9 @@ class PeRFlow:
     @staticmethod
     def metadata(stage: PeRFlowStage, process: NoiseProcess) -> dict[str, str]:
         """The perflow solver; one step a window, or two or four."""
-        grids = {
-            n * stage.windows: perflow_grid(n * stage.windows, stage.windows, process.num_train_timesteps)
-            for n in (1, 2, 4)
-        }
+        trained = process.num_train_timesteps
+        chord(process, *perflow_windows(trained - 1, stage.windows, trained))  # raises at once where it must
+        grids = {n * stage.windows: perflow_grid(n * stage.windows, stage.windows, trained) for n in (1, 2, 4)}
         found = sampling_metadata("perflow", process, "perflow", grids, guidance=stage.sampling_guidance)
         return found | {"windows": str(stage.windows)}
 

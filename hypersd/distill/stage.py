@@ -83,6 +83,18 @@ class BaseStage(Section):
         is the first half of a transformer here."""
         raise NotImplementedError
 
+    @property
+    def wants(self) -> dict[str, int]:
+        """Options that not every model can serve, and how many timesteps each wants it to have."""
+        return {}
+
+    def fit(self, timesteps: int) -> None:
+        """Raises ValueError where a model of so many timesteps cannot serve the stage."""
+        for key, least in self.wants.items():
+            if least > timesteps:
+                value = self.model_dump(mode="json")[key]
+                raise ValueError(f"{key} = {value} wants a model of {least} timesteps, this one has {timesteps}")
+
     def check(self, samples: int) -> None:
         """Raises ValueError where `samples`, those of one optimizer step, are too few."""
 
@@ -133,6 +145,10 @@ class ConsistencyStage(GuidedStage):
     target: Literal["ema", "online"] = "ema"
     offset_noise: Annotated[float, Field(ge=0)] = 0.0
     pure_noise: Probability = 0.0  # chance that a start at the last timestep is pure noise, as it is when sampling
+
+    @property
+    def wants(self) -> dict[str, int]:
+        return {"grid": self.grid}
 
     @property
     def network_evaluations(self) -> float:

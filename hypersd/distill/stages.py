@@ -197,6 +197,10 @@ class DMDStage(MatchingStage):
         return 1
 
     @property
+    def wants(self) -> dict[str, int]:
+        return {"timestep": (self.timestep or 0) + 1, "anchor_steps": self.anchor_steps, "grid": self.grid}
+
+    @property
     def file(self) -> str:
         return "lora-dmd"  # a TSCD stage before it may have written lora-1step
 
@@ -295,6 +299,10 @@ class FeedbackStage(BaseStage):
     @property
     def steps(self) -> int:
         return max(self.rollout)
+
+    @property
+    def wants(self) -> dict[str, int]:
+        return {"rollout": self.steps}
 
     @property
     def file(self) -> str:

@@ -110,6 +110,7 @@ class Trainer:
         self.progress, self.components = progress, components
         self.rewards, self.structure = rewards or {}, structure
         self.process = NoiseProcess.from_config(components.scheduler_config, latent_size=dataset.latent_size)
+        check_run(recipe, self.process)
         self.backbone: Any = backbone if backbone is not None else self._wrap(components.network)
         self._add_student()
         self.device = next(iter(self.backbone.role_parameters(STUDENT).values())).device
@@ -472,6 +473,16 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, path: Path, *, from_good
     _same_recipe(old, new, path)
     if stage < len(recipe.stages) and step > recipe.stages[stage].iterations:
         raise HypersdError(f"{path} has {step} steps of stage {stage}, the recipe fewer", exit_code=2)
+
+
+def check_run(recipe: Recipe, process: NoiseProcess) -> None:
+    """Raises HypersdError (exit code 2) for a stage that a model with this noise process cannot serve."""
+    for i, stage in enumerate(recipe.stages):
+        try:
+            stage.fit(process.num_train_timesteps)
+            METHODS[type(stage)].metadata(stage, process)
+        except (HypersdError, ValueError) as error:
+            raise HypersdError(f"stages.{i}: {error}", exit_code=2) from None
 
 
 def rate_factor(kind: str, step: int, steps: int, warmup: int) -> float:

@@ -140,7 +140,7 @@ def load_components(
         vae=vae,
         text_encoders=encoders,
         tokenizers=tokenizers,
-        scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config=read_scheduler(folder),
         folder=folder,
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
         max_sequence_length=int(index.get("max_sequence_length", _SEQUENCE_LENGTH.get(layout, 0))),
@@ -204,6 +204,11 @@ def skeletons(folder: Path, *, only_network: bool = False) -> dict[str, Any]:
             raise HypersdError(f"{path} does not describe a {cls.__name__}: {_one_line(error)}") from None
         found["network" if part == name else part] = model
     return found
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler config of a model folder. Raises HypersdError where it is missing or no JSON."""
+    return _read_json(folder / "scheduler" / "scheduler_config.json")
 
 
 def _is_listed(index: dict[str, Any], name: str) -> bool:

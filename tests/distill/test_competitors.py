@@ -323,9 +323,9 @@ def test_perflow_without_a_line_from_pure_noise_is_refused() -> None:
     process = NoiseProcess.from_config(VP | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     stage = STAGES["perflow"].model_validate({"method": "perflow", "iterations": 1})
     with pytest.raises(HypersdError, match="perflow needs a schedule .* zero terminal SNR.*; use another method"):
-        METHODS[type(stage)](stage, Context(Linear(), process, {}))  # type: ignore[arg-type]
+        METHODS[type(stage)].metadata(stage, process)
     with pytest.raises(HypersdError, match="zero terminal SNR"):
-        sampler_for(process, METHODS[type(stage)].metadata(stage, process))
+        sampler_for(process, METHODS[type(stage)].metadata(stage, toy.PROCESS) | {"prediction_type": "v_prediction"})
 
 
 STAGE: dict[str, dict[str, Any]] = {
