@@ -166,8 +166,8 @@ def load_dataset(
 def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
     """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
     where the checkpoint to go on from is missing or of another recipe, for a resolution that the model cannot have, for
-    LoRA targets without a layer, for a stage that the model cannot serve, and for `train.init`, rewards and structure
-    that are not there, cannot be read, or do not fit the model."""
+    LoRA targets without a layer, for a stage that the model cannot serve, for several processes, and for `train.init`,
+    rewards and structure that are not there, cannot be read, or do not fit the model."""
     if resume or from_good:
         checkpoint = out / "checkpoint.safetensors"
         path = good_name(checkpoint) if from_good else checkpoint

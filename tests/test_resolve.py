@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,23 @@ def test_a_stage_that_the_model_cannot_serve_is_said_at_once(
         with pytest.raises(HypersdError, match=rf"^stages\.1: {message}") as caught:
             ask()
         assert caught.value.exit_code == 2
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = parse_recipe({"stages": [{"method": "tscd", "segments": 1, "iterations": 1}]})
+    for ranks, refused in ("1", False), ("2", True):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        for ask in (
+            lambda: resolve.check(r, tmp_path),
+            lambda: Trainer(r, toy.COMPONENTS, toy.dataset(1), tmp_path, backbone=toy.Mixture(4)),
+        ):
+            with (
+                pytest.raises(HypersdError, match="one process so far; start it without torchrun")
+                if refused
+                else nullcontext()
+            ):
+                ask()
+    assert not list(tmp_path.iterdir())
 
 
 def test_guidance_is_what_the_network_takes() -> None:

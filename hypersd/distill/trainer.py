@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -476,7 +477,13 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, path: Path, *, from_good
 
 
 def check_run(recipe: Recipe, process: NoiseProcess) -> None:
-    """Raises HypersdError (exit code 2) for a stage that a model with this noise process cannot serve."""
+    """Raises HypersdError (exit code 2) for what would go wrong only later: several processes, each of which would
+    train the whole, and a stage that a model with this noise process cannot serve."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HypersdError(
+            "training runs in one process so far; start it without torchrun (train.accumulation makes a larger batch)",
+            exit_code=2,
+        )
     for i, stage in enumerate(recipe.stages):
         try:
             stage.fit(process.num_train_timesteps)
