@@ -30,10 +30,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     backbone = Backbone(network, spec)
     lora = sum(p.numel() for p in backbone.role_parameters("student").values())
     # student and EMA, and what each stage needs beside them; gradient and two Adam moments of what it trains
-    held = [
-        2 + (stage.needs_previous and (i > 0 or stage.improves)) + len(stage.roles) + 3 + 3 * ("fake" in stage.roles)
-        for i, stage in enumerate(recipe.stages)
-    ]
+    held = [2 + stage.needs_previous + len(stage.roles) + 3 + 3 * ("fake" in stage.roles) for stage in recipe.stages]
     pictures = recipe.data.count
     if recipe.data.kind == "folder":
         pictures = len(pairs(recipe.data.path or "", recipe.data.captions))
@@ -57,10 +54,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 "teacher": "rewards"
                 if stage.method == "feedback"
                 else "previous_stage"
-                if stage.needs_previous and (i > 0 or stage.improves)
+                if stage.needs_previous
                 else "base",
             }
-            for i, stage in enumerate(recipe.stages)
+            for stage in recipe.stages
         ],
         "samples_per_step": recipe.train.batch_size * recipe.train.accumulation,
     }

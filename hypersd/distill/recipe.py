@@ -95,6 +95,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
+        first = self.stages[0]
+        if first.needs_previous and not first.improves:  # there is none: the base model teaches it, with guidance
+            self.stages[0] = first.model_copy(update={"teacher": "base"})
         for i, stage in enumerate(self.stages):
             if i == 0 and stage.improves and self.train.init is None:
                 ways = ["set train.init", "put a stage before it", *([f"say {stage.alone}"] if stage.alone else [])]

@@ -196,7 +196,7 @@ class Trainer:
         if not stage.is_separate:
             self.backbone.load_lora_state_dict(state, STUDENT, scale=scale)
             self.backbone.copy_role(STUDENT, EMA)
-        if stage.improves and stage.needs_previous:
+        if stage.needs_previous:
             self.backbone.load_lora_state_dict(state, PREVIOUS, scale=scale)
             self.has_previous = True
 

@@ -121,6 +121,15 @@ def test_previous_stage_teacher_needs_a_fine_enough_grid() -> None:
     assert parse_recipe({"stages": stages}).stages[1].name == "tscd-4"
 
 
+def test_a_first_stage_is_taught_by_the_base_model() -> None:
+    """There is none before it; guidance takes the base model's second pass, and is counted."""
+    stage = {"method": "tscd", "segments": 2, "iterations": 1, "teacher": "previous_stage"}
+    first, second = parse_recipe({"stages": [stage, stage]}).stages
+    assert (first.teacher, second.teacher) == ("base", "previous_stage")  # type: ignore[union-attr]
+    assert first == parse_recipe({"stages": [stage | {"teacher": "base"}]}).stages[0]
+    assert first.network_evaluations == 2 + 1 + 3 and second.network_evaluations == 1 + 1 + 3
+
+
 def test_files(tmp_path: Path) -> None:
     assert "did you mean 'emoji-quick'?" in line("emoji-quik")
     broken = tmp_path / "broken.toml"
