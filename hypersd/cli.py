@@ -118,8 +118,7 @@ def distill(
     from hypersd.distill.trainer import Trainer
 
     out = resolve.writable(out)
-    work = {stage.name: stage.iterations for stage in loaded.stages}
-    with resolve.alone(out), Progress(work, error_console) as progress:
+    with resolve.alone(out), Progress(loaded.work, error_console) as progress:
         components, dataset = resolve.load_run(
             loaded, out / "latents", device, lambda done, total: progress("encode pictures", done, total)
         )

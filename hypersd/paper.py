@@ -156,7 +156,7 @@ class Paper:
                 raise HypersdError(f"{folder} was trained by another recipe; remove it or choose another --out")
             return recipe
         components = load_model(EMBEDDED, self.device)
-        work = {stage.name: float(stage.iterations) for stage in recipe.stages}
+        work = {f"{variant.folder} {name}": float(steps) for name, steps in recipe.work.items()}
         with Progress(work, self.console) as progress:
             latents = self.out / f"latents-{seed}-{recipe.data.count}"
             with self.lock(latents):

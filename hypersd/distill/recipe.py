@@ -114,6 +114,26 @@ class Recipe(Section):
                 raise ValueError(f"stages.{i}: {error}") from None
         return self
 
+    @property
+    def names(self) -> list[str]:
+        """Of the stages, no two alike."""
+        return _distinct([stage.name for stage in self.stages])
+
+    @property
+    def work(self) -> dict[str, int]:
+        """The optimizer steps of each stage, by its name in `names`."""
+        return dict(zip(self.names, (stage.iterations for stage in self.stages), strict=True))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the LoRA files that the stages end with, no two alike."""
+        return _distinct([stage.file for stage in self.stages])
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """A name that an earlier one has already gets its number behind it."""
+    return [f"{name}-stage{i}" if name in names[:i] else name for i, name in enumerate(names)]
+
 
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""

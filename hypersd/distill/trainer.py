@@ -82,7 +82,8 @@ FREE = ("checkpoint_every", "watch_every", "log_every", "threads")
 
 class Progress(Protocol):
     def __call__(self, stage: str, step: int, total: int, loss: float) -> None:
-        """`step` of `total` optimizer steps of this stage are done; `loss` is the newest that is known."""
+        """`step` of `total` optimizer steps of this stage, one of Recipe.names, are done; `loss` is the newest that is
+        known."""
 
 
 class Trainer:
@@ -91,8 +92,9 @@ class Trainer:
     components: network and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone
     that is otherwise put around the network: any `Denoiser` without roles yet. rewards, structure: what a feedback
     stage names (see method.Context). Under out_dir: `checkpoint.safetensors`, `metrics.jsonl`,
-    `lora-<steps>step.safetensors` of each stage and `lora.safetensors` of the last; while a run lasts, and after one
-    that warned, `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
+    `lora-<steps>step.safetensors` of each stage (`lora-<steps>step-stage<i>`, i from 0, where an earlier one has that
+    name) and `lora.safetensors` of the last; while a run lasts, and after one that warned,
+    `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Trainer:
             self.guard = Guard(self.checkpoint, self.log.kept)
             with Interrupt() as interrupt:
                 if self.stage == len(self.recipe.stages) and not (self.out_dir / "lora.safetensors").exists():
-                    self._export(self.recipe.stages[-1])  # of a finished run, and removed since
+                    self._export(self.stage - 1)  # of a finished run, and removed since
                 while self.stage < len(self.recipe.stages):
                     self._run_stage(interrupt)
             self.guard.end()
@@ -282,7 +284,7 @@ class Trainer:
             if self.device.type == "cpu" or save or self.step % train.log_every == 0:
                 loss = self.log.flush(self.guard.check)
             if self.progress is not None:
-                self.progress(stage.name, self.step, stage.iterations, loss)
+                self.progress(self.recipe.names[self.stage], self.step, stage.iterations, loss)
             if self.step == stage.iterations:
                 break
             if save:
@@ -292,7 +294,7 @@ class Trainer:
                     f"stopped in stage {stage.name} after step {self.step}; the state is saved in "
                     f"{self.checkpoint}, resume goes on from there"
                 )
-        self._export(stage)
+        self._export(self.stage)
         self.auxiliaries = []  # critics and optimizers make room for those of the next stage
         del self.optimizer
         self.stage, self.step = self.stage + 1, 0
@@ -451,15 +453,16 @@ class Trainer:
             )
         return tensor.to(like.device, like.dtype)
 
-    def _export(self, stage: BaseStage) -> None:
+    def _export(self, number: int) -> None:
         """The stage's EMA weights as a LoRA file, and as lora.safetensors after the last stage: there merged with what
         they stand on, where the stage trained an adapter of its own."""
         if not isinstance(self.backbone, Backbone):
             return
+        stage = self.recipe.stages[number]
         metadata = METHODS[type(stage)].metadata(stage, self.process)
         metadata |= model_metadata(self._told, self.components, self.backbone, self.dataset.latent_size)
-        files = {stage.file: EMA}
-        if stage is self.recipe.stages[-1]:
+        files = {self.recipe.files[number]: EMA}
+        if number == len(self.recipe.stages) - 1:
             files["lora"] = self.result
         for name, role in files.items():
             save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)

@@ -514,6 +514,26 @@ def test_exports_and_bfloat16(tiny_unet: Any, tmp_path: Path) -> None:
     assert metadata["steps"] == "2" and any(not torch.equal(two[k], state[k]) for k in two)
 
 
+def test_stages_for_the_same_number_of_steps_keep_their_files_and_progress(tiny_unet: Any, tmp_path: Path) -> None:
+    r = recipe(1, 2, 1, iterations=2)
+    assert r.work == {"tscd-1": 2, "tscd-2": 2, "tscd-1-stage2": 2}
+    told: list[tuple[str, int]] = []
+    ends: list[dict[str, torch.Tensor]] = []
+
+    def progress(stage: str, step: int, total: int, loss: float) -> None:
+        told.append((stage, step))
+        if step == total:
+            ends.append({k: v.clone() for k, v in run.backbone.lora_state_dict("ema").items()})
+
+    run = trainer(tiny_unet, r, tmp_path, progress=progress)
+    run.run()
+    assert told == [(name, step) for name in r.work for step in (1, 2)]
+    for name, end in zip(("lora-1step", "lora-2step", "lora-1step-stage2"), ends, strict=True):
+        state, _ = load_lora(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(state[k], end[k]) for k in end)
+    assert any(not torch.equal(ends[0][k], ends[2][k]) for k in ends[0])
+
+
 def test_the_seed_decides_and_the_global_generator_is_left_alone(tiny_unet: Any, tmp_path: Path) -> None:
     torch.manual_seed(77)
     state = torch.get_rng_state()

@@ -179,6 +179,8 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments += ["--budget", "200", "--rows", str(rows), "--out", str(tmp_path / "out"), "--device", "cpu"]
     arguments += [part for one in tiny for part in ("--set", one)]
     assert cli.run(arguments) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pcm-phases2 pcm-2: 4/4 in ")]
+    assert len(said) == 1 and said[0].endswith("about 0 s left in all")
     first = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [(row["method"], row["steps"]) for row in first] == [("pcm", 2), ("perflow", 2)]
     for row in first:
