@@ -53,7 +53,7 @@ class FlatAdamW:
     """clip_grad_norm_, torch.optim.AdamW and an EMA of the weights, in two passes over flat buffers.
 
     parameters are trained; ema, where given, holds their moving average, under the same names and shapes. Both are
-    moved into flat buffers, and the gradients are views of a third. `clip` None only measures the gradient's norm.
+    moved into flat buffers, and the gradients are views of a third. `clip` 0 only measures the gradient's norm.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FlatAdamW:
         eps: float,
         weight_decay: float,
         ema_decay: float = 0.0,
-        clip: float | None = None,
+        clip: float = 0.0,
     ) -> None:
         if ema is not None and _shapes(parameters) != _shapes(ema):
             raise HypersdError("the parameters and their moving average have different names or shapes")

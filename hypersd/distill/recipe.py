@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hypersd.distill.stage import Beta, Positive, Probability, Section
+from hypersd.distill.stage import Beta, NonNegative, Positive, Probability, Section
 from hypersd.distill.stages import STAGES, Stage
 from hypersd.errors import HypersdError
 
@@ -74,7 +74,7 @@ class Train(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm; None: only measured
+    clip: NonNegative = 1.0  # largest gradient norm; 0: only measured
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up at the start of each stage
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"  # after it, from there to the stage's last step
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -48,7 +48,6 @@ class TSCDStage(ConsistencyStage):
     `critic`: "features", heads on the frozen network; "encoder", a trained copy of its encoder that sees the start as
     well, but not in the last part `unconditional` of the stage (None: 0.25 with 1 or 2 segments, else 0).
     `critic_warmup`: the first part of the stage, in which the critic learns and has no say (CTM).
-    `critic_learning_rate` None: the student's.
     `sampling_guidance`: g of the sampler, for weights that keep guidance and negative prompts: taught with
     guidance_scale = [1, 1], data.caption_dropout of 0.1 to 0.2, and no fewer than 8 segments.
     """
@@ -63,7 +62,7 @@ class TSCDStage(ConsistencyStage):
     critic: Literal["features", "encoder"] = "features"
     unconditional: Probability | None = None
     critic_warmup: Probability = 0.0
-    critic_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-5
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     segments: Positive
     grid: Positive = 40
     teacher: Literal["base", "previous_stage"] = "base"
