@@ -154,6 +154,8 @@ class LightningStage(GuidedStage):
             raise ValueError(f"starts = {self.starts} must be a multiple of student_steps ({self.student_steps})")
         if self.mse_weight == self.adversarial_weight == 0:
             raise ValueError("nothing to learn from: mse_weight and adversarial_weight are both 0")
+        if self.adversarial_weight == 0:
+            self._belong("adversarial_weight above 0", "unconditional", "critic_learning_rate", "critic_levels")
         return self
 
     @property

@@ -46,7 +46,11 @@ class Data(Section):
     caption_dropout: Probability = 0.0
 
     @model_validator(mode="after")
-    def _folder_has_a_path(self) -> Data:
+    def _consistent(self) -> Data:
+        if self.kind == "scenes":
+            self._belong('data.kind = "folder"', "path", "captions", "resolution")
+        else:
+            self._belong('data.kind = "scenes"', "count")
         if self.kind == "folder" and self.path is None:
             raise ValueError('kind = "folder" needs path, the folder with the pictures')
         return self

@@ -18,6 +18,13 @@ ENCODER = 1 / 3  # of a network evaluation: 26 % of the work and 34 % of the tim
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    def _belong(self, to: str, *options: str) -> None:
+        """Raises ValueError where one of these was set although it has no effect. The default is no request: what was
+        written down says every option."""
+        for name in options:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to {to}; set that too, or leave {name} out")
+
 
 class BaseStage(Section):
     """What every method has."""
@@ -175,6 +182,8 @@ class MatchingStage(GuidedStage):
     def _levels(self) -> MatchingStage:
         if self.t_range[0] > self.t_range[1]:
             raise ValueError(f"t_range {list(self.t_range)} is not a range; the smaller value comes first")
+        if self.adversarial_weight == 0:
+            self._belong("adversarial_weight above 0", "critic_weight")
         return self
 
     def matching_evaluations(self, simulated: float, real: float) -> tuple[float, float]:

@@ -81,6 +81,11 @@ class TSCDStage(ConsistencyStage):
                 raise ValueError(f"{name} and staged_weights = true exclude each other; leave one out")
         if not any(self.weights):
             raise ValueError("nothing to learn from: consistency_weight and adversarial_weight are both 0")
+        if self.adversarial_weight == 0 and not self.staged_weights:
+            of_the_critic = ("critic", "adaptive", "unconditional", "critic_warmup", "critic_learning_rate")
+            self._belong("adversarial_weight above 0 or staged_weights", *of_the_critic)
+        if self.critic == "features":
+            self._belong('critic = "encoder"', "unconditional")
         return self
 
     @property
@@ -178,6 +183,14 @@ class DMDStage(MatchingStage):
     consistency: Probability = 0.3
     consistency_weight: NonNegative = 1.0
     grid: Positive = 40
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DMDStage:
+        if self.consistency == 0:
+            self._belong("consistency above 0", "consistency_weight")
+            if self.real_score == "tscd":
+                self._belong('real_score = "base" or consistency above 0', "guidance_scale", "grid")
+        return self
 
     def joint(self, samples: int) -> int:
         """How many of the first `samples` of an optimizer step train on the consistency loss."""
@@ -291,8 +304,8 @@ class FeedbackStage(BaseStage):
             raise ValueError(f"reward {twice[0]} is there twice")
         if self.structure is None and not any(reward.weight > 0 for reward in self.rewards):
             raise ValueError("nothing to learn from: give a reward with a weight, or structure")
-        if self.solver == "ddim" and self.eta not in (0.0, type(self).model_fields["eta"].default):
-            raise ValueError('eta belongs to solver = "tcd"; leave it out')
+        if self.solver == "ddim" and self.eta > 0:
+            self._belong('solver = "tcd"', "eta")
         return self
 
     @property

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hypersd.distill.recipe import completed, load_recipe, parse_recipe, shipped
+from hypersd.distill.recipe import Recipe, completed, load_recipe, parse_recipe, shipped
 from hypersd.errors import HypersdError
 
 
@@ -95,6 +96,63 @@ def test_weights_that_are_all_zero_are_refused() -> None:
     with pytest.raises(HypersdError, match=r"stages\.0: nothing to learn from: consistency_weight and adv"):
         parse_recipe({"stages": [stage]})
     assert parse_recipe({"stages": [stage | {"adversarial_weight": 1.0}]}).stages[0].weights == (0.0, 1.0)  # type: ignore[union-attr]
+
+
+TSCD = {"method": "tscd", "segments": 2}
+DMD = {"method": "dmd", "consistency": 0.0}
+BASE_DMD = DMD | {"real_score": "base"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "idle", "belongs_to", "useful"),
+    [
+        (TSCD, {"critic": "encoder"}, "adversarial_weight above 0 or staged_weights", {"staged_weights": True}),
+        (TSCD, {"adaptive": True}, "adversarial_weight above 0 or staged_weights", {"adversarial_weight": 0.1}),
+        (TSCD, {"critic_warmup": 0.5}, "adversarial_weight above 0 or staged", {"adversarial_weight": 0.1}),
+        (TSCD, {"critic_learning_rate": 1e-3}, "adversarial_weight above 0 or staged", {"adversarial_weight": 0.1}),
+        (TSCD | {"adversarial_weight": 0.1}, {"unconditional": 0.5}, 'critic = "encoder"', {"critic": "encoder"}),
+        (BASE_DMD, {"critic_weight": 0.1}, "adversarial_weight above 0", {"adversarial_weight": 0.1}),
+        (BASE_DMD, {"consistency_weight": 0.5}, "consistency above 0", {"consistency": 0.5}),
+        (DMD, {"guidance_scale": [2.0, 2.0]}, 'real_score = "base" or consistency', {"real_score": "base"}),
+        (DMD, {"grid": 20}, 'real_score = "base" or consistency', {"consistency": 0.5}),
+        (
+            {"method": "dmd2", "adversarial_weight": 0.0},
+            {"critic_weight": 0.1},
+            "adversarial_weight above 0",
+            {"adversarial_weight": 0.1},
+        ),
+        (
+            {"method": "lightning", "student_steps": 1, "teacher_steps": 2},
+            {"critic_levels": [0.5]},
+            "adversarial_weight above 0",
+            {"adversarial_weight": 0.1},
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(
+    stage: dict[str, Any], idle: dict[str, Any], belongs_to: str, useful: dict[str, Any]
+) -> None:
+    """Unless they are what they would be anyway: a recipe that was written down says all of them."""
+
+    def parsed(*options: dict[str, Any]) -> Recipe:
+        one = {"iterations": 1} | stage | {key: value for those in options for key, value in those.items()}
+        return parse_recipe({"train": {"init": "lora.safetensors"}, "stages": [one]})
+
+    (name,) = idle
+    with pytest.raises(HypersdError, match=rf"^recipe: stages\.0: {name} belongs to {belongs_to}.*; set that too, or"):
+        parsed(idle)
+    assert getattr(parsed(idle, useful).stages[0], name) is not None
+    whole = parsed().model_dump(mode="json")
+    assert completed(whole) == whole == parse_recipe(whole).model_dump(mode="json")
+
+
+def test_data_without_effect_is_refused() -> None:
+    for override in ("path=pictures", "captions=captions.csv", "resolution=64"):
+        name = override.partition("=")[0]
+        expected = f'data: {name} belongs to data.kind = "folder"; set that too, or leave {name} out'
+        assert expected in line("emoji-quick", [f"data.{override}"])
+    assert 'count belongs to data.kind = "scenes"' in line("sd15", ["data.count=3"])
+    assert load_recipe("emoji-quick", ["data.path=pictures", "data.kind=folder", "data.count=4096"]).data.path
 
 
 @pytest.mark.parametrize("solver", ["ddim", "tcd"])
