@@ -40,7 +40,8 @@ class LCMStage(ConsistencyStage):
 
 
 class PCMStage(ConsistencyStage):
-    """Phased consistency model with `phases` phases (hypersd.distill.pcm)."""
+    """Phased consistency model with `phases` phases (hypersd.distill.pcm), without the critic of the paper's
+    adversarial consistency loss."""
 
     method: Literal["pcm"]
     phases: Positive

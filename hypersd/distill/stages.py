@@ -169,7 +169,8 @@ class DMDStage(MatchingStage):
     The student, fed noise at `timestep` (None: the last one), makes x_0. `real_score`: "tscd" is the student as it was
     when the stage began, "base" the undistilled model with guidance.
     `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
-    what the beginning's weights make of the same noise in `anchor_steps` steps.
+    what the beginning's weights make of the same noise in `anchor_steps` steps. DMD's anchor, pairs of noise and
+    what the teacher's ODE makes of it, is not here.
     `consistency`: the share of each optimizer step's samples that trains on the one-segment consistency loss instead
     (hypersd.distill.tscd on `grid` points, taught by the base model), so that 2 to 8 steps keep working;
     `consistency_weight` is its weight. Of either loss a step takes the mean over its own samples.

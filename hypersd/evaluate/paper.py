@@ -284,7 +284,8 @@ def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None =
             "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "
             "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by trial "
             "trainings with another seed, judged on other captions than these (docs/measured_facts.md); the other "
-            "methods had fewer such trials.",
+            "methods had fewer such trials. PCM is trained without its critic, score distillation without DMD's pairs "
+            "of noise and what the teacher's ODE makes of it.",
             "",
         ]
         for table, title in TABLES.items():

@@ -160,6 +160,7 @@ def test_the_page() -> None:
     assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 | 2 |" in lines and "-9" not in page
     assert "| 1 | tscd | frechet | 1 | 1 | 0 |" in lines and "| 1 | tscd | alignment | 0 | 0 | 1 |" in lines
     assert "Not measured: teacher, undistilled, tcd, pcm (phases=1), " in page and page.count("Not measured") == 1
+    assert "PCM is trained without its critic, score distillation without DMD's pairs" in page
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
     two = [row("lcm", 2, 0, 4.0), row("tcd", 2, 0, 4.0)]
     found = figures([*two, row("teacher", 25, 0, 1.0), row("tcd", 2, 0, 4.0) | {"table": "3"}])
