@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch that the stable ABI used here exists in
@@ -80,7 +81,7 @@ def say(reason: str) -> None:
 
 
 class OptionalBuild(build_ext):
-    """A failing compiler leaves the pure-Python package and one line that says so."""
+    """A failing compiler leaves the pure-Python package and one line that says so; a failing nvcc the C++ kernels."""
 
     def run(self) -> None:
         try:
@@ -95,7 +96,10 @@ class OptionalBuild(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 made = folder / f"{source.stem}.o"
-                subprocess.run([*nvcc_command(), str(source), "-o", str(made)], check=True)
+                try:
+                    subprocess.run([*nvcc_command(), str(source), "-o", str(made)], check=True)
+                except (OSError, subprocess.CalledProcessError) as error:  # what is optional may fail by this name
+                    raise CompileError(f"nvcc failed on {source.name}: the CUDA kernels are left out") from error
                 ext.extra_objects.append(str(made))
         super().build_extension(ext)
 

@@ -182,6 +182,42 @@ def test_a_build_without_a_compiler_is_one_line_and_no_failure(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def stand_in(path: Path, script: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def build(folder: Path, python: list[str], **environment: str) -> list[str]:
+    """What is said as `python` runs setup.py in a copy of the checkout in `folder`, by a compiler that only makes the
+    files it is asked for."""
+    for path in [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "hypersd/__init__.py")] + [
+        *(ROOT / "csrc").rglob("*.*"), ROOT / "hypersd/kernels/_native.py"
+    ]:  # fmt: skip
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    compiler = stand_in(folder / "bin/c++", 'while [ $# -gt 0 ]; do [ "$1" != -o ] || : > "$2"; shift; done')
+    done = subprocess.run(
+        [sys.executable, *python], cwd=folder, env=os.environ | {"CXX": compiler, "CC": compiler} | environment,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux")
+def test_a_failing_nvcc_costs_the_cuda_kernels_alone(tmp_path):
+    stand_in(tmp_path / "cuda/bin/nvcc", "exit 1")
+    (tmp_path / "cuda/include").mkdir()
+    (tmp_path / "cuda/include/cuda_runtime_api.h").touch()
+    toolkit = {"HYPERSD_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path / "cuda")}
+    said = build(tmp_path / "copy", ["setup.py", "-q", "build_ext", "--inplace"], **toolkit)
+    assert [path.name for path in (tmp_path / "copy/hypersd").glob("*.so")] == ["_C.abi3.so"]
+    assert sum("nvcc failed on adamw_ema.cu: the CUDA kernels are left out" in line for line in said) == 1
+
+
 def test_explain_shows_the_choice():
     inputs = OPS["affine_step"].cases[0].inputs()
     said = str(explain(affine_step, **inputs))
