@@ -2,7 +2,8 @@
 
 `python setup.py build_ext --inplace` builds hypersd/_C.abi3.so for a checkout. It uses nothing but the stable C ABI of
 libtorch, so one build serves every Python and every torch from 2.10 on. Without torch or a C++ compiler at build time
-the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that.
+the package installs as pure Python: the operators then run their reference. HYPERSD_NATIVE=0 asks for that. pip's
+isolated builds take torch's headers from the environment that is installed into.
 
 HYPERSD_BUILD_CUDA=1 also builds hypersd/_CUDA.abi3.so from csrc/cuda for sm_80 and sm_90a, where a CUDA toolkit is: in
 $CUDA_HOME, on PATH or in /usr/local/cuda. Take one of the release that torch.version.cuda names. The build needs
@@ -16,6 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,8 +30,8 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch that the stable AB
 
 
 def torch_include() -> Path | None:
-    """torch's headers, found without importing torch."""
-    spec = importlib.util.find_spec("torch")
+    """torch's headers, found without importing torch; an isolated build sees torch beside its interpreter alone."""
+    spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", [sysconfig.get_path("platlib")])
     include = Path(spec.origin).parent / "include" if spec and spec.origin else None
     return include if include and (include / "torch/csrc/stable/library.h").is_file() else None
 
@@ -40,7 +43,7 @@ def why_not() -> str:
     if sys.platform == "win32":
         return "it is not ported to Windows"
     if torch_include() is None:
-        return "torch >= 2.10 is not importable here (with pip, add --no-build-isolation)"
+        return "there is no torch >= 2.10 here (install it first; where pip still misses it, add --no-build-isolation)"
     compiler = os.environ.get("CXX", "c++").split()[0]
     return "" if shutil.which(compiler) else f"no C++ compiler ({compiler}) is on PATH"
 

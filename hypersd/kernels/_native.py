@@ -20,9 +20,18 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parent.parent
-BUILD_COMMAND = "python setup.py build_ext --inplace"
-CUDA_BUILD_COMMAND = f"HYPERSD_BUILD_CUDA=1 {BUILD_COMMAND}"
 ISA_LEVELS = ("baseline", "avx2", "avx512", "amx")
+
+
+def _is_checkout() -> bool:
+    """Whether the sources of the libraries lie beside the package: a folder csrc alone could be anybody's."""
+    return (PACKAGE.parent / "setup.py").is_file() and (PACKAGE.parent / "csrc").is_dir()
+
+
+def _build_command() -> str:
+    if _is_checkout():
+        return "python setup.py build_ext --inplace"
+    return "pip install --no-build-isolation --force-reinstall --no-deps PATH_OF_THE_CHECKOUT"
 
 
 def fingerprint(folder: Path) -> str:
@@ -40,8 +49,7 @@ def fingerprint(folder: Path) -> str:
 def _stale(library: Path, folder: str, command: str) -> str:
     """Why a library must not be loaded that was built from other sources than those beside it: its operators may take
     other arguments. Empty where there are no sources, as in a wheel."""
-    sources = PACKAGE.parent / folder
-    if not sources.is_dir() or fingerprint(sources).encode() in library.read_bytes():
+    if not _is_checkout() or fingerprint(PACKAGE.parent / folder).encode() in library.read_bytes():
         return ""
     return f"{library.name} was built from other sources than {folder}/ has now; rebuild it with `{command} --force`"
 
@@ -52,17 +60,17 @@ def _load() -> str:
     if os.environ.get("HYPERSD_NATIVE") == "0":
         return "switched off by HYPERSD_NATIVE=0"
     folder = Path(os.environ.get("HYPERSD_NATIVE_FOLDER") or PACKAGE)
-    found = sorted([*folder.glob("_C.*so"), *folder.glob("_C.*pyd")])
+    found, command = sorted([*folder.glob("_C.*so"), *folder.glob("_C.*pyd")]), _build_command()
     if not found:
-        return f"no C++ kernels beside {folder.name}/; build them with `{BUILD_COMMAND}` (needs a C++17 compiler)"
-    stale = _stale(found[0], "csrc", BUILD_COMMAND)
+        return f"no C++ kernels beside {folder.name}/; build them with `{command}` (needs a C++17 compiler)"
+    stale = _stale(found[0], "csrc", command)
     if stale:
         return stale
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        return f"{found[0].name} does not load ({reason}); rebuild it with `{BUILD_COMMAND}`"
+        return f"{found[0].name} does not load ({reason}); rebuild it with `{command}`"
     return ""
 
 
@@ -112,17 +120,17 @@ def _load_cuda() -> str:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    found = sorted(PACKAGE.glob("_CUDA.*so"))
+    found, command = sorted(PACKAGE.glob("_CUDA.*so")), f"HYPERSD_BUILD_CUDA=1 {_build_command()}"
     if not found:
-        return f"no CUDA kernels beside {PACKAGE.name}/; build them with `{CUDA_BUILD_COMMAND}` (needs nvcc)"
-    stale = _stale(found[0], "csrc/cuda", CUDA_BUILD_COMMAND)
+        return f"no CUDA kernels beside {PACKAGE.name}/; build them with `{command}` (needs nvcc)"
+    stale = _stale(found[0], "csrc/cuda", command)
     if stale:
         return stale
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        return f"{found[0].name} does not load ({reason}); rebuild it with `{CUDA_BUILD_COMMAND}`"
+        return f"{found[0].name} does not load ({reason}); rebuild it with `{command}`"
     return ""
 
 

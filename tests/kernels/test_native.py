@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_a_library_of_other_sources_is_named_and_not_loaded(tmp_path, monkeypatc
     (tmp_path / "csrc/cuda/ops.cpp").write_text("// of the other library\n")
     assert _native._stale(library, "csrc", "build") == ""
     (tmp_path / "csrc/ops.cpp").write_text("// one more operator\n")
+    assert _native._stale(library, "csrc", "build") == ""  # a folder of that name beside an installed copy
+    (tmp_path / "setup.py").touch()
     (tmp_path / "hypersd").mkdir()
     shutil.copy(library, tmp_path / "hypersd")
     reason = _native._load.__wrapped__()
@@ -112,13 +115,23 @@ def test_without_the_library_the_reference_runs_and_says_why():
     assert (implementation, why) == ("reference", "switched off by HYPERSD_NATIVE=0")
 
 
+INSTALL = "`pip install --no-build-isolation --force-reinstall --no-deps PATH_OF_THE_CHECKOUT`"
+
+
+@pytest.mark.parametrize("checkout", [True, False])
 @pytest.mark.parametrize("content", [None, b"not a library"])
-def test_a_missing_or_broken_library_is_one_line(tmp_path, monkeypatch, content):
+def test_a_missing_or_broken_library_is_one_line(tmp_path, monkeypatch, content, checkout):
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path / "hypersd")
+    monkeypatch.delenv("HYPERSD_NATIVE_FOLDER", raising=False)
+    _native.PACKAGE.mkdir()
+    if checkout:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "setup.py").touch()
     if content:
-        (tmp_path / "_C.abi3.so").write_bytes(content)
-    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+        known = _native.fingerprint(tmp_path / "csrc").encode() if checkout else b""
+        (_native.PACKAGE / "_C.abi3.so").write_bytes(content + known)
     reason = _native._load.__wrapped__()
-    assert "\n" not in reason and "python setup.py build_ext --inplace" in reason
+    assert "\n" not in reason and ("`python setup.py build_ext --inplace`" if checkout else INSTALL) in reason
     assert ("does not load" if content else "no C++ kernels") in reason
 
 
@@ -146,7 +159,7 @@ def test_cuda_kernels_say_in_one_line_why_they_are_absent(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_native, "PACKAGE", tmp_path)
     reason = _native._load_cuda.__wrapped__()
-    assert "HYPERSD_BUILD_CUDA=1 python setup.py build_ext --inplace" in reason and "\n" not in reason
+    assert f"`HYPERSD_BUILD_CUDA=1 {INSTALL[1:]}" in reason and "\n" not in reason
     (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
     assert "_CUDA.abi3.so does not load" in _native._load_cuda.__wrapped__()
     assert "no C++ kernels" in _native._load.__wrapped__()  # the one is not taken for the other
@@ -216,6 +229,26 @@ def test_a_failing_nvcc_costs_the_cuda_kernels_alone(tmp_path):
     said = build(tmp_path / "copy", ["setup.py", "-q", "build_ext", "--inplace"], **toolkit)
     assert [path.name for path in (tmp_path / "copy/hypersd").glob("*.so")] == ["_C.abi3.so"]
     assert sum("nvcc failed on adamw_ema.cu: the CUDA kernels are left out" in line for line in said) == 1
+
+
+ISOLATED = """
+import runpy, setuptools, sys, sysconfig
+packages = sysconfig.get_path("platlib")
+sys.path = [path for path in sys.path if path not in (packages, sysconfig.get_path("purelib"))]
+if sys.argv.pop() == "without torch":
+    sysconfig.get_path = lambda name: "/nowhere"
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not Path(torch.__file__).is_relative_to(sysconfig.get_path("platlib")), reason="torch is elsewhere")
+@pytest.mark.parametrize("torch_is", ["there", "without torch"])
+def test_an_isolated_build_takes_the_torch_beside_its_interpreter(tmp_path, torch_is):
+    said = build(tmp_path, ["-c", ISOLATED, "-q", "build_ext", "--inplace", torch_is], PYTHONPATH="")
+    found = [path.name for path in (tmp_path / "hypersd").glob("*.so")]
+    reasons = [line for line in said if line.startswith("hypersd: no C++ kernels are built: there is no torch >= 2.10")]
+    assert (found, len(reasons)) == ((["_C.abi3.so"], 0) if torch_is == "there" else ([], 1))
 
 
 def test_explain_shows_the_choice():
