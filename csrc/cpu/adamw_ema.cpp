@@ -60,13 +60,18 @@ double number(const std::optional<Tensor>& t, const char* name, double otherwise
   return numbers.read(0);
 }
 
-// A buffer of the shape of `param`, without gaps.
-char* flat(const Tensor& t, const char* name, const View& param, bool same_type) {
+// A buffer of the shape of `param`, without gaps, apart from those in `taken`; it joins them.
+char* flat(const Tensor& t, const char* name, const View& param, bool same_type,
+           std::vector<std::pair<const char*, const char*>>& taken) {
   const View view(t);
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(view.same_size(param), name, ": its shape is not that of param");
   STD_TORCH_CHECK(same_type ? view.type == param.type : view.type != Type::other, name, ": wrong dtype");
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  const char* const end = view.data + view.numel * t.element_size();
+  for (const auto& [first, last] : taken)
+    STD_TORCH_CHECK(view.data >= last || first >= end, name, ": shares memory with another buffer");
+  taken.emplace_back(view.data, end);
   return view.data;
 }
 
@@ -85,13 +90,15 @@ void adamw_ema_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Te
                       weight_decay >= 0 && ema_decay >= 0 && ema_decay <= 1,
                   "adamw_ema_: a number is out of range");
   Update u{};
-  u.param = flat(param, "param", shape, true);
-  u.grad = flat(grad, "grad", shape, false);
+  std::vector<std::pair<const char*, const char*>> written, none;
+  u.param = flat(param, "param", shape, true, written);
+  u.exp_avg = flat(exp_avg, "exp_avg", shape, true, written);
+  u.exp_avg_sq = flat(exp_avg_sq, "exp_avg_sq", shape, true, written);
+  u.ema = flat(ema, "ema", shape, true, written);
+  u.shadow = shadow ? flat(*shadow, "shadow", shape, false, written) : nullptr;
   u.grad_type = type_of(grad);
-  u.exp_avg = flat(exp_avg, "exp_avg", shape, true);
-  u.exp_avg_sq = flat(exp_avg_sq, "exp_avg_sq", shape, true);
-  u.ema = flat(ema, "ema", shape, true);
-  u.shadow = shadow ? flat(*shadow, "shadow", shape, false) : nullptr;
+  const bool is_ema = grad.data_ptr() == ema.data_ptr() && u.grad_type == shape.type;  // read before it is written
+  u.grad = flat(grad, "grad", shape, false, is_ema ? none : written);
   STD_TORCH_CHECK(wide || !shadow || type_of(*shadow) != Type::float64, "shadow: wider than param");
   u.shadow_type = shadow ? type_of(*shadow) : shape.type;
   u.clip = number(clip, "clip", 1);

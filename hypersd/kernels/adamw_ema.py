@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def check(
             raise TypeError(f"shadow: got {tensor.dtype}, expected {param.dtype} as param, or a narrower one")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
+    _check_apart(buffers)
     for name, number, low in (("clip", clip, None), ("step", step_tensor, 1), ("lr", lr_tensor, 0)):
         if number is not None:
             _rows.check_numbers(name, number, ((),), param.device)
@@ -117,6 +119,16 @@ def check(
         _rows.check_real(name, value, low, high)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas: got {(beta1, beta2)}, expected two numbers in [0, 1)")
+
+
+def _check_apart(buffers: dict[str, Tensor]) -> None:
+    """Raise ValueError where two buffers share memory (fake tensors have none); only `ema` may be `grad` itself."""
+    real = {k: t for k, t in buffers.items() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"}
+    spans = [(name, t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in real.items()]
+    for (name, begin, end), (other, first, last) in combinations(spans, 2):
+        is_grad = {name, other} == {"grad", "ema"} and begin == first and real["grad"].dtype == real["ema"].dtype
+        if begin < last and first < end and not is_grad:
+            raise ValueError(f"{other}: shares memory with {name}, expected a buffer of its own")
 
 
 # ---------------------------------------------------------------------------------------------------- Triton kernel
@@ -278,7 +290,8 @@ def adamw_ema_(
     """One step of torch.optim.AdamW on a flat buffer, then ema += (1 - ema_decay) (param - ema); all in place.
 
     Args:
-        param, exp_avg, exp_avg_sq, ema: contiguous buffers of one shape, float32 (or all float64), written to.
+        param, exp_avg, exp_avg_sq, ema: contiguous buffers of one shape, float32 (or all float64), written to; each
+            with memory of its own. Where no average is wanted, `ema` may be `grad`, which is then spent.
         grad: their gradient, contiguous, any floating-point dtype.
         step: the number of this step, from 1. A 0-d float32 or float64 tensor works in a captured graph.
         lr: learning rate, a float or such a tensor. betas, eps, weight_decay: AdamW's. ema_decay: in [0, 1].
@@ -286,8 +299,8 @@ def adamw_ema_(
         clip: a 0-d tensor that multiplies the gradient (see `clip_coefficient`). Where it is not finite, nothing is
             written: the weights of a step whose gradient overflowed stay as they are, without asking the host.
 
-    Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit; numbers on a
-    GPU are not looked at, which would wait for it.
+    Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit, or for buffers
+    that share memory; numbers on a GPU are not looked at, which would wait for it.
     """
     step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, _rows.check_real("step", step))
     lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, _rows.check_real("lr", lr))

@@ -164,3 +164,30 @@ def test_bad_input_is_named(said, native, monkeypatch):
     assert all(torch.equal(inputs[k], v) for k, v in before.items() if k not in BAD[said])
     with pytest.raises(ValueError, match="max_norm: got 0.0, expected a positive number"):
         clip_coefficient(before["grad"], 0.0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shift", [0, 1, N - 1, N])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("param", "ema"), ("exp_avg", "exp_avg_sq"), ("ema", "shadow"), ("param", "grad"), ("grad", "ema")],
+)
+def test_buffers_share_no_memory_but_for_a_spent_gradient(name, other, shift, native, monkeypatch):
+    if native and not _native.available():
+        pytest.skip(_native.status())
+    if not native:
+        monkeypatch.setattr(OP, "raw", OP._checked(OP.fallback))
+    numbers = {"step": 1, "lr": 1e-2, **NUMBERS, "ema_decay": 0.95}
+    apart = buffers() | {"shadow": torch.zeros(N)}
+    block = torch.cat([apart[name], apart[other]])[: N + shift]
+    inputs = apart | {name: block[:N], other: block[shift:]}
+    apart = {k: v.clone() for k, v in inputs.items()}
+    if shift == N or (shift == 0 and (name, other) == ("grad", "ema")):
+        adamw_ema_(**inputs, **numbers)
+        adamw_ema_(**apart, **numbers)
+        assert all(torch.equal(inputs[k], v) for k, v in apart.items() if k not in ("grad", "ema") or shift)
+        assert torch.equal(inputs["ema"], apart["ema"])
+        return
+    with pytest.raises(ValueError, match=f"{other}: shares memory with {name}, expected a buffer of its own"):
+        adamw_ema_(**inputs, **numbers)
+    assert all(torch.equal(inputs[k], v) for k, v in apart.items())
