@@ -59,6 +59,9 @@ def _load() -> str:
     """Load the library once; return why there is none, or the empty string."""
     if os.environ.get("HYPERSD_NATIVE") == "0":
         return "switched off by HYPERSD_NATIVE=0"
+    cap = os.environ.get("HYPERSD_ISA")
+    if cap and cap not in ISA_LEVELS:
+        return f"HYPERSD_ISA: got {cap!r}, expected one of {ISA_LEVELS}"
     folder = Path(os.environ.get("HYPERSD_NATIVE_FOLDER") or PACKAGE)
     found, command = sorted([*folder.glob("_C.*so"), *folder.glob("_C.*pyd")]), _build_command()
     if not found:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hypersd import doctor
 from hypersd.kernels import _native, _op, affine_step, explain
 from hypersd.kernels._op import OPS
 from tests.kernels import checks
@@ -107,6 +108,16 @@ def test_instruction_set_from_the_environment():
 def test_refuses_an_unknown_instruction_set():
     with pytest.raises(ValueError, match="got 'mmx', expected one of"):
         _native.isa("mmx")
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_said_and_nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
+    monkeypatch.setenv("HYPERSD_ISA", "AVX2")
+    reason = _native._load.__wrapped__()
+    assert reason == "HYPERSD_ISA: got 'AVX2', expected one of ('baseline', 'avx2', 'avx512', 'amx')"
+    monkeypatch.setattr(_native, "_load", lambda: reason)
+    x = torch.zeros(1, 4)
+    assert explain(affine_step, x, x, torch.zeros(5).double()).why == doctor.native() == reason
 
 
 def test_without_the_library_the_reference_runs_and_says_why():
