@@ -7,6 +7,10 @@
 #include "cpu/amx.h"
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #ifdef HYPERSD_SOURCES  // fingerprint of csrc/, which is read from the file before it is loaded
 extern "C" __attribute__((visibility("default"), used)) const char hypersd_sources[] = HYPERSD_SOURCES;
 #endif
@@ -20,7 +24,9 @@ int widest() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return has_amx() ? 3 : 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+  unsigned a, b, c, d;  // clang knows f16c by no name
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C)
+    return 1;
 #endif
   return 0;
 }

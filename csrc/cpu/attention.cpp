@@ -10,7 +10,7 @@
 #include "attention.h"
 #include "products.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors as results: everything here is inlined, no call has an ABI
 #endif
 
