@@ -394,11 +394,11 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, std::optional
 }
 
 template <class F>
-void over_tasks(int64_t tasks, int64_t multiplications, const F& run) {
+void over_ranges(int64_t tasks, int64_t multiplications, const F& run) {
   constexpr int64_t least = 1 << 18;  // a share of the work that a second thread is worth
   const int64_t grain = multiplications > least ? 1 : least / (multiplications + 1);
   if (tasks > grain) {
-    torch::stable::parallel_for(0, tasks, grain, run);
+    parallel_for(tasks, grain, run);
   } else if (tasks > 0) {
     run(0, tasks);
   }
@@ -425,7 +425,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale) {
                                                                        : forward_tasks<float>;
   if (p.keys == 0 && out.view.numel) return torch::stable::fill_(result, 0.0);
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries;
-  over_tasks(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  over_ranges(p.heads * blocks, 2 * p.queries * p.keys * p.dim / (blocks ? blocks : 1), [&](int64_t begin, int64_t end) { run(p, begin, end); });
   return result;
 }
 
@@ -443,7 +443,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   if (p.keys == 0 || p.queries == 0) {
     for (Tensor& t : results) torch::stable::fill_(t, 0.0);
   } else {
-    over_tasks(p.heads, 5 * p.queries * p.keys * p.dim, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    over_ranges(p.heads, 5 * p.queries * p.keys * p.dim, [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
   return {results[0], results[1], results[2]};
 }

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> clip_coefficient(Tensor grad, double max_norm) {
   const Squares s{copy ? data_of(*copy) : view.data, view.type, view.numel, partial.data()};
   const auto run = [&](int64_t begin, int64_t end) { wide ? squares_double(s, begin, end) : squares_float(s, begin, end); };
   if (view.numel > kGrain) {
-    torch::stable::parallel_for(0, chunks, kGrain / kChunk, run);
+    parallel_for(chunks, kGrain / kChunk, run);
   } else {
     run(0, chunks);
   }

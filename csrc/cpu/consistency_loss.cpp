@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
   if (shape.numel <= kGrain) {
     run(0, total);
   } else {
-    torch::stable::parallel_for(0, total, kGrain / (p.width < kChunk ? p.width : kChunk), run);
+    parallel_for(total, kGrain / (p.width < kChunk ? p.width : kChunk), run);
   }
 
   const int64_t one = 1;

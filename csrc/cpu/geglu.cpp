@@ -66,8 +66,8 @@ int64_t chunks_of(int64_t width) { return (width + kChunk - 1) / kChunk; }
 void over_chunks(const Problem& p, int64_t elements) {
   if (elements == 0) return;
   const int64_t size = p.width < kChunk ? p.width : kChunk;
-  torch::stable::parallel_for(0, elements / p.width * p.chunks, 8 * kChunk / size,
-                              [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel_for(elements / p.width * p.chunks, 8 * kChunk / size,
+               [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 // Sizes and strides of a row-major tensor like `view`, its last dimension replaced.

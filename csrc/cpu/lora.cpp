@@ -103,7 +103,7 @@ void over_blocks(int64_t rows, int64_t flops_of_row, const F& task) {
     const int64_t last = end * kGroup < rows ? end * kGroup : rows;
     for (int64_t m = begin * kGroup; m < last; m += kBlock) task(m, last - m < kBlock ? last - m : kBlock);
   };
-  if (groups > grain) torch::stable::parallel_for(0, groups, grain, run);
+  if (groups > grain) parallel_for(groups, grain, run);
   else run(0, groups);
 }
 
@@ -192,7 +192,7 @@ void by_panels(const std::vector<Segment>& parts, int64_t rows, int64_t columns,
     }
   };
   const int64_t each = 2 * units * E::per * kPanel * (rows < block ? rows : block), grain = 3000000 / (each + 1) + 1;
-  if (tasks > grain) torch::stable::parallel_for(0, tasks, grain, run);
+  if (tasks > grain) parallel_for(tasks, grain, run);
   else run(0, tasks);
 }
 
@@ -449,7 +449,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
       }
     };
     const int64_t tasks = taps * panels_a + panels_b;
-    if (rows * s.rank * (taps * s.in + s.out) > 1000000) torch::stable::parallel_for(0, tasks, 1, run);
+    if (rows * s.rank * (taps * s.in + s.out) > 1000000) parallel_for(tasks, 1, run);
     else run(0, tasks);
   }
 }

@@ -6,10 +6,26 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <thread>
 
 namespace hypersd {
+
+// run(begin, end) over [0, count), by torch's pool. Its C interface drops what an error says: the first is thrown here.
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& run) {
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      run(begin, end);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
 
 // How many threads `elements` are worth, a share of `least` each.
 inline int64_t threads_for(int64_t elements, int64_t least) {
@@ -20,7 +36,7 @@ inline int64_t threads_for(int64_t elements, int64_t least) {
 template <class F>
 void on_threads(int64_t threads, const F& work) {
   if (threads < 2) return work(0);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) work(worker);
   });
 }

@@ -317,7 +317,7 @@ inline void pack_all(int64_t units, int64_t columns, int32_t* out, const Pack& p
     for (int64_t column = begin * kPanel; column < end * kPanel && column < columns; column += kPanel)
       pack_one(column, columns - column < kPanel ? columns - column : kPanel, out + units * column);
   };
-  if (panels > grain) torch::stable::parallel_for(0, panels, grain, run);
+  if (panels > grain) parallel_for(panels, grain, run);
   else run(0, panels);
 }
 

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "half.h"
+#include "parallel.h"
 
 namespace hypersd {
 
@@ -97,7 +98,7 @@ inline char* data_of(const Tensor& t) { return static_cast<char*>(t.data_ptr());
 template <class F>
 inline void over_elements(int64_t count, const F& run) {
   if (count > kGrain) {
-    torch::stable::parallel_for(0, count, kGrain, run);
+    parallel_for(count, kGrain, run);
   } else if (count > 0) {
     run(0, count);
   }

@@ -102,7 +102,7 @@ Tensor score_gradient(Tensor x, Tensor x_real, Tensor x_fake, std::optional<Tens
     if (shape.numel <= kGrain) {
       run(0, total);
     } else {
-      torch::stable::parallel_for(0, total, kGrain / (width < kChunk ? width : kChunk), run);
+      parallel_for(total, kGrain / (width < kChunk ? width : kChunk), run);
     }
   };
   over_chunks([&](int64_t begin, int64_t end) { wide ? distance_double(p, begin, end) : distance_float(p, begin, end); });

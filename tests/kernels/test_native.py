@@ -262,6 +262,43 @@ def test_an_isolated_build_takes_the_torch_beside_its_interpreter(tmp_path, torc
     assert (found, len(reasons)) == ((["_C.abi3.so"], 0) if torch_is == "there" else ([], 1))
 
 
+POOL = """
+#include <cstdint>
+#include <stdexcept>
+namespace torch::stable {
+inline int64_t get_num_threads() { return 2; }
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {  // as torch's: a code in place of the error
+  try { f(begin, end); } catch (...) { throw std::runtime_error("the call failed"); }
+}
+}
+"""
+FAILING = """
+#include "cpu/parallel.h"
+#include <cstdio>
+int main() {
+  try {
+    hypersd::on_threads(2, [](int64_t worker) { if (worker) throw std::runtime_error("the reason"); });
+  } catch (const std::exception& error) { std::puts(error.what()); }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_an_error_of_a_thread_keeps_its_words(tmp_path):
+    own = [path.name for path in (ROOT / "csrc/cpu").iterdir() if "stable::parallel_for(" in path.read_text()]
+    assert own == ["parallel.h"]  # every kernel takes the form that is tested here
+    header = tmp_path / "torch/csrc/stable/ops.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(POOL)
+    (tmp_path / "failing.cpp").write_text(FAILING)
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    folders = ["-I", str(tmp_path), "-I", str(ROOT / "csrc")]
+    command = [compiler, "-std=c++17", *folders, str(tmp_path / "failing.cpp"), "-o", str(tmp_path / "failing")]
+    subprocess.run(command, check=True, timeout=120)
+    assert subprocess.check_output([tmp_path / "failing"], text=True) == "the reason\n"
+
+
 def test_explain_shows_the_choice():
     inputs = OPS["affine_step"].cases[0].inputs()
     said = str(explain(affine_step, **inputs))
