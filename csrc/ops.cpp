@@ -24,7 +24,7 @@ int widest() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return has_amx() ? 3 : 2;
-  unsigned a, b, c, d;  // clang knows f16c by no name
+  unsigned a, b, c, d;  // not every clang knows f16c by name
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C)
     return 1;
 #endif
