@@ -135,7 +135,7 @@ class Recipe(Section):
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """A name that an earlier one has already gets its number behind it."""
+    """A later stage's name that is taken gets the stage's number behind it."""
     return [f"{name}-stage{i}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
