@@ -127,7 +127,7 @@ def checkout(reference: str, console: Console) -> Iterator[Path]:
     git("worktree", "add", "--detach", str(folder), commit)
     try:
         built = [*(root / "hypersd").glob("_C.*so")]
-        same = not git("diff", "--name-only", commit, "--", "csrc", "setup.py")
+        same = not git("diff", "--name-only", commit, "--", "csrc", "setup.py", folder=root)
         if built and same:
             shutil.copy(built[0], folder / "hypersd")
         elif built:
