@@ -1,9 +1,9 @@
 """One TSCD training step: ours, and the same arithmetic as a user of diffusers and PEFT writes it.
 
 The peer follows the loops of diffusers' consistency-distillation scripts: three UNets (teacher; student and EMA target,
-each with a PEFT adapter), two teacher passes for guidance, predictions turned into x_0 and eps and stepped by DDIM in
-eager torch, pseudo-Huber, AdamW, EMA over the adapter. Both sides get the same latents, noise, timesteps and adapters;
-the loss and the gradient norm of the first step must agree before anything is timed.
+each with a PEFT adapter), in 16 bit under autocast, two teacher passes for guidance, predictions turned into x_0 and
+eps and stepped by DDIM in eager torch, pseudo-Huber, AdamW, EMA over the adapter. Both sides get the same latents,
+noise, timesteps and adapters; the loss and the gradient norm of the first step must agree before anything is timed.
 
 Peak tensor memory is what torch's CPU allocator reports to the profiler: the running sum of every allocation and free
 from before the models are built to the end of the second step (oneDNN's private scratch is outside it, on both sides);
@@ -119,7 +119,10 @@ class PeerLoop:
         self.dtype = dtype
 
     def network(self, unet: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return unet(x.to(self.dtype), t, encoder_hidden_states=text.to(self.dtype), return_dict=False)[0].float()
+        x, text = x.to(self.dtype), text.to(self.dtype)
+        # without autocast PEFT computes adapters in the dtype of their weights, which are float32
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return unet(x, t, encoder_hidden_states=text, return_dict=False)[0].float()
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from bench import sampler, tscd_step
@@ -31,6 +32,18 @@ def test_training_peer_has_our_loss_and_gradient(monkeypatch, tmp_path):
         assert tscd_step.judge(mine, other, torch.float32)[0] == "green"
     wrong = (own[0][0] * 1.001, own[0][1])
     assert tscd_step.judge(wrong, found[0], torch.float32)[0].startswith("red: loss or gradient norm differs")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_the_training_peer_compute_in_the_network_s_dtype(dtype, tiny_unet, tiny_batch):
+    loop, (x_t, timestep, cond) = tscd_step.PeerLoop(tiny_unet, dtype), tiny_batch
+    computed = set()
+    for name, layer in loop.student.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            layer.register_forward_hook(lambda layer, inputs, output: computed.add(output.dtype))
+    m = loop.network(loop.student, x_t, timestep, cond["encoder_hidden_states"])
+    assert computed == {dtype} and m.dtype == torch.float32
+    assert {p.dtype for p in loop.parameters} == {torch.float32}
 
 
 def test_peak_bytes_counts_what_lives_at_once():
