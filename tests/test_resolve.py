@@ -17,6 +17,7 @@ from hypersd import cli, resolve
 from hypersd.distill.method import Context
 from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.trainer import METHODS, Trainer
+from hypersd.emoji.scenes import BACKGROUNDS, is_heldout
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
@@ -248,6 +249,16 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
             ):
                 ask()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_judged_was_never_trained_on_and_the_zero_line_is_another_draw() -> None:
+    both = resolve.scene_references(40, 3, (2, 3))
+    for reference in both:
+        assert reference.objects is not None
+        for objects, caption in zip(reference.objects, reference.captions, strict=True):
+            assert is_heldout(objects, list(BACKGROUNDS).index(caption.split()[-2]))
+    assert not set(both[0].captions) & set(both[1].captions)
+    assert both[0].variety is not None and both[0].variety.shape == (2, 3, 64, 64, 3)
 
 
 def test_guidance_is_what_the_network_takes() -> None:
