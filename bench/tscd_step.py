@@ -210,7 +210,7 @@ def logged(folder: Path) -> list[tuple[float, float]]:
 
 def judge(own: tuple[float, float], peers: tuple[float, float], dtype: torch.dtype) -> tuple[str, float]:
     """(verdict, largest relative difference) of the loss and gradient norm of the same step."""
-    apart = max(abs(a - b) / abs(b) for a, b in zip(own, peers, strict=True))
+    apart = float(np.max([abs(a - b) / abs(b) for a, b in zip(own, peers, strict=True)]))  # NaN where one is
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     green = apart <= limit
     return "green" if green else f"red: loss or gradient norm differs by {apart:.1e}, allowed {limit:.0e}", apart

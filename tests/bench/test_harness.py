@@ -24,20 +24,41 @@ def sin(x: torch.Tensor) -> torch.Tensor:
 
 
 def providers(**functions):
+    """The rows of these functions; "other" is not judged."""
     x = torch.linspace(-1, 1, 64)
     exact = {"y": torch.sin(x.double())}
-    runners = {name: harness.Runner(lambda function=function: function(x)) for name, function in functions.items()}
+    runners = {
+        name: harness.Runner(lambda function=function: function(x), same=name != "other")
+        for name, function in functions.items()
+    }
     rows = harness.compare("sin", "line", torch.float32, "fwd", exact, runners, seconds=0.01)
     return {row.provider: row for row in rows}
 
 
 def test_what_is_right_is_timed():
-    rows = providers(hypersd=sin, eager=sin, other=lambda x: torch.sin(x.double()).float())
+    rows = providers(hypersd=sin, eager=sin, peer=lambda x: torch.sin(x.double()).float(), other=torch.cos)
+    assert [row.verdict for row in rows.values()] == ["green", "green", "green", "other"]
     for row in rows.values():
-        assert row.verdict == "green" and row.rounds >= harness.MIN_ROUNDS
+        assert row.rounds >= harness.MIN_ROUNDS
         assert 0 < row.p20 <= row.p50 <= row.p80
     assert rows["hypersd"].over_ours == 1.0
-    assert rows["other"].over_ours == pytest.approx(rows["other"].p50 / rows["hypersd"].p50, abs=1e-3)
+    assert rows["peer"].over_ours == pytest.approx(rows["peer"].p50 / rows["hypersd"].p50, abs=1e-3)
+
+
+def test_twice_the_error_of_eager_is_allowed():
+    assert harness.verdict(1.9e-3, 1e-3, torch.float32) == "green"
+    assert harness.verdict(2.1e-3, 1e-3, torch.float32) == "red: error 2.1e-03, allowed 2.0e-03"
+
+
+@pytest.mark.parametrize(
+    "eager",
+    [lambda x: torch.sin(x) * 1.2, lambda x: x * torch.nan, lambda x: x @ x[1:]],
+    ids=["off by 20 %", "nan", "it fails"],
+)
+def test_nothing_is_green_beside_an_eager_that_is_wrong_itself(eager):
+    rows = providers(hypersd=sin, eager=eager, peer=torch.cos, other=torch.cos)
+    assert all(row.p50 is None and row.verdict.startswith("red") for row in rows.values())
+    assert all("ill-posed" in rows[name].verdict for name in ("hypersd", "peer", "other"))
 
 
 @pytest.mark.parametrize(

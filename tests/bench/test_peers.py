@@ -30,8 +30,12 @@ def test_training_peer_has_our_loss_and_gradient(monkeypatch, tmp_path):
     assert len(own) == len(found) == 2 and own[0] != own[1]
     for mine, other in zip(own, found, strict=True):
         assert tscd_step.judge(mine, other, torch.float32)[0] == "green"
-    wrong = (own[0][0] * 1.001, own[0][1])
-    assert tscd_step.judge(wrong, found[0], torch.float32)[0].startswith("red: loss or gradient norm differs")
+
+
+def test_a_training_step_is_judged_by_loss_and_gradient_norm():
+    assert tscd_step.judge((1.0, 2.0), (1.00005, 2.0), torch.float32)[0] == "green"
+    for wrong in ((1.001, 2.0), (1.0, 2.002), (1.0, float("nan")), (float("nan"), 2.0)):
+        assert tscd_step.judge(wrong, (1.0, 2.0), torch.float32)[0].startswith("red: loss or gradient norm differs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
