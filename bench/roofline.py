@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hypersd.kernels._cost import Ceiling, Cost
 
@@ -14,7 +15,8 @@ from . import gpu
 
 # bytes that a copy moves: from what fits into a core's cache to what memory must deliver
 COPIES = tuple(2**power for power in range(18, 29, 2))
-PRODUCT = 1024  # rows and columns of the products
+# rows, inner size and columns of the products: what is fast depends on the CPU, its caches and its tile unit
+PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (4096, 1280, 320))
 SECONDS = 0.05
 
 
@@ -52,14 +54,20 @@ def _best(call: Callable[[], Any]) -> float:
     return best
 
 
+def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """FLOP per second of a product of these sizes, in the fastest way to ask for it."""
+    x, weight = (torch.randn(size, inner).to(dtype) for size in (rows, columns))
+    q, out = weight.T.contiguous(), torch.empty(rows, columns, dtype=dtype)
+    ways = (lambda: torch.mm(x, q), lambda: torch.mm(x, q, out=out), lambda: F.linear(x, weight))
+    return 2 * rows * inner * columns / min(map(_best, ways))
+
+
 def cpu(dtypes: Sequence[torch.dtype]) -> Roofline:
-    """Copies of several sizes, products of 1024 x 1024 in float32 and these dtypes, with the threads in use."""
+    """Copies and products of several sizes, the latter in float32 and these dtypes, with the threads in use."""
     provenance = f"measured in this process on {torch.get_num_threads()} threads"
     with torch.no_grad():
-        rates = {}
-        for dtype in dict.fromkeys((torch.float32, *dtypes)):
-            p, q = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
-            rates[dtype] = 2 * PRODUCT**3 / _best(lambda p=p, q=q: torch.mm(p, q))
+        every = dict.fromkeys((torch.float32, *dtypes))
+        rates = {dtype: max(_product(*sizes, dtype) for sizes in PRODUCTS) for dtype in every}
         found = {}
         for moved in COPIES:
             one, other = (torch.ones(moved // 8) for _ in range(2))

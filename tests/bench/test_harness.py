@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -10,10 +12,11 @@ import torch
 from rich.console import Console
 
 import bench
-from bench import cli, compare, counters, gpu, harness, peers, report, sanitize
+from bench import cli, compare, counters, gpu, harness, peers, report, roofline, sanitize
 from bench import run as bench_run
 from hypersd.errors import HypersdError
 from hypersd.kernels import _native
+from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import OPS, asked_for
 
 QUIET = Console(quiet=True)
@@ -109,6 +112,17 @@ def test_a_peer_that_fails_is_red_and_ours_may_not():
     assert rows["peer"].verdict == "red: it failed (no such kernel)" and rows["peer"].p50 is None
     with pytest.raises(RuntimeError, match="no such kernel"):
         providers(hypersd=fails, eager=sin)
+
+
+def test_the_roofline_is_the_best_of_what_was_tried(monkeypatch):
+    times = itertools.chain([3.0, 2.0, 0.5, 4.0, 1.0, 4.0], itertools.repeat(0.5))  # three ways to ask for a product
+    monkeypatch.setattr(roofline, "_best", lambda call: next(times))
+    monkeypatch.setattr(roofline, "PRODUCTS", ((5, 6, 7), (2, 3, 4)))
+    monkeypatch.setattr(roofline, "COPIES", (2**10, 2**12))
+    found = roofline.cpu([torch.float32])
+    assert found(Cost(0, 2**10)).flops_per_second == {torch.float32: 2 * 5 * 6 * 7 / 0.5}
+    sizes = (1, 2**10, 2**12 - 1, 2**12, 2**20)
+    assert [found(Cost(0, size)).bytes_per_second for size in sizes] == [2**11, 2**11, 2**11, 2**13, 2**13]
 
 
 def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
