@@ -136,7 +136,7 @@ def torch_adamw(op: Op, inputs: dict[str, Any]) -> Runner:
 
 
 def torch_clip(op: Op, inputs: dict[str, Any]) -> Runner:
-    """torch.nn.utils.clip_grad_norm_ over 256 tensors, which also writes the clipped gradient."""
+    """torch.nn.utils.clip_grad_norm_ over 256 tensors: it returns the norm alone, and writes the clipped gradient."""
     size = -(-inputs["grad"].numel() // 256)
     parameters = [nn.Parameter(part) for part in torch.zeros_like(inputs["grad"]).split(size)]
     for parameter, grad in zip(parameters, inputs["grad"].clone().split(size), strict=True):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import bench
@@ -16,7 +17,7 @@ from bench import cli, compare, counters, gpu, harness, peers, report, roofline,
 from bench import run as bench_run
 from hypersd.errors import HypersdError
 from hypersd.kernels import _native
-from hypersd.kernels._cost import Cost
+from hypersd.kernels._cost import Ceiling, Cost
 from hypersd.kernels._op import OPS, asked_for
 
 QUIET = Console(quiet=True)
@@ -26,7 +27,7 @@ def sin(x: torch.Tensor) -> torch.Tensor:
     return torch.sin(x)
 
 
-def providers(**functions):
+def providers(cost=None, roof=None, **functions):
     """The rows of these functions; "other" is not judged."""
     x = torch.linspace(-1, 1, 64)
     exact = {"y": torch.sin(x.double())}
@@ -34,7 +35,7 @@ def providers(**functions):
         name: harness.Runner(lambda function=function: function(x), same=name != "other")
         for name, function in functions.items()
     }
-    rows = harness.compare("sin", "line", torch.float32, "fwd", exact, runners, seconds=0.01)
+    rows = harness.compare("sin", "line", torch.float32, "fwd", exact, runners, seconds=0.01, cost=cost, roof=roof)
     return {row.provider: row for row in rows}
 
 
@@ -114,6 +115,23 @@ def test_a_peer_that_fails_is_red_and_ours_may_not():
         providers(hypersd=fails, eager=sin)
 
 
+def test_a_backward_is_timed_without_its_forward():
+    calls, x = [], torch.ones(3, requires_grad=True)
+    runner = harness.Runner(lambda: calls.append("forward") or x * 2, {"x": x})
+    for mode, forwards in (("bwd", 0), ("full", 1)):
+        timed = harness.step(runner, mode)()
+        calls.clear()
+        timed()
+        assert len(calls) == forwards
+
+
+def test_the_share_of_the_roofline():
+    roof = Ceiling(1e9, {torch.float32: 1e12}, 0.0, "")
+    row = providers(Cost(2e6, 1e6), roof, hypersd=sin, eager=sin)["hypersd"]
+    assert (row.bytes, row.flops) == (1e6, 2e6)
+    assert row.of_roofline == pytest.approx(1000 / row.p50, rel=1e-2)  # 1 ms to move, 2 us to compute
+
+
 def test_the_roofline_is_the_best_of_what_was_tried(monkeypatch):
     times = itertools.chain([3.0, 2.0, 0.5, 4.0, 1.0, 4.0], itertools.repeat(0.5))  # three ways to ask for a product
     monkeypatch.setattr(roofline, "_best", lambda call: next(times))
@@ -183,15 +201,31 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(options, words, t
         assert words in refused(compare.trees, "HEAD", ["affine_step"], **options)
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "lora_conv2d"])
-def test_peft_peer_computes_the_same(name):
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        ("lora_linear", peers.peft),
+        ("lora_conv2d", peers.peft),
+        ("lora_linear_routed", peers.adapter_loop),
+        ("adamw_ema_", peers.torch_adamw),
+        ("attention", peers.sdpa()),
+    ],
+)
+def test_peers_compute_the_same(name, peer):
     op = OPS[name]
-    case = next(case for case in op.cases if case.name.startswith("odd"))
-    inputs = case.inputs()
-    found = {p: harness.outputs(make(op, inputs), True) for p, make in (("peft", peers.peft), ("eager", peers.eager))}
-    assert found["peft"].keys() == {"y", "x", "a", "b"}
-    for key, value in found["eager"].items():
-        torch.testing.assert_close(found["peft"][key], value, rtol=1e-5, atol=1e-5)
+    inputs = next(case for case in op.cases if case.name.startswith("odd")).inputs()
+    found, expected = (harness.outputs(make(op, inputs), bool(op.backward)) for make in (peer, peers.eager))
+    assert found.keys() == expected.keys() and len(found) > 1
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_torchs_clipping_measures_the_same_norm():
+    op = OPS["clip_coefficient"]
+    inputs = next(case for case in op.cases if case.name.startswith("odd")).inputs()
+    runner = peers.torch_clip(op, inputs)
+    torch.testing.assert_close(runner.call(), peers.eager(op, inputs).call()[0])
+    assert not runner.same  # the coefficient is not returned
 
 
 def test_providers_take_turns():
@@ -226,9 +260,22 @@ def test_the_table_shows_ratios(capsys):
     assert "2.50" in said and "eager over hypersd, fwd: median 2.50" in said
 
 
+def test_the_picture_shows_rows(tmp_path):
+    rows = [
+        harness.Result("op", "c", "float32", "fwd", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2, of_roofline=0.5)
+        for p, v in (("hypersd", 2.0), ("eager", 5.0))
+    ]
+    report.plot(rows, tmp_path / "rows.png", bench.environment.environment())
+    with Image.open(tmp_path / "rows.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # the points of both providers
+
+
 def test_environment_stamp():
-    stamp = SimpleNamespace(**bench.environment.environment())
-    assert stamp.threads == torch.get_num_threads() and stamp.torch == torch.__version__ and stamp.cpu
+    stamp = bench.environment.environment()
+    assert stamp["threads"] == torch.get_num_threads() and stamp["torch"] == torch.__version__
+    assert all(stamp[name] for name in ("device", "cpu", "python", "diffusers", "peft", "commit", "date"))
 
 
 def test_a_forced_implementation_is_forced_in_backward_too():
@@ -290,10 +337,7 @@ def test_copies_share_one_compiled_function(monkeypatch):
     assert "max-autotune" not in peers.runners_for(op, inputs) and peers.autotuned(op, inputs) is None
 
 
-def test_torchs_attention_is_a_peer_that_runs():
+def test_attention_of_a_gpu_is_no_peer_elsewhere():
     op = OPS["attention"]
     inputs = next(case for case in op.cases if case.name == "odd").inputs()
-    assert "flash" not in peers.runners_for(op, inputs)  # that one wants a GPU
-    found, expected = (harness.outputs(make(op, inputs), True) for make in (peers.sdpa(), peers.eager))
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    assert peers.sdpa("FLASH_ATTENTION")(op, inputs) is None
