@@ -144,13 +144,17 @@ def paired_difference(
     first: Sequence[Tensor], second: Sequence[Tensor], *, level: float = 0.95
 ) -> tuple[float, float, float]:
     """(difference, low, high): the mean over the runs of `first` less that over the runs of `second`, with its
-    percentile interval. Each run is what `resample` gives for the same captions in the same order: one draw of captions
-    for all runs, so what makes a caption hard cancels out.
+    interval. Each run is what `resample` gives for the same captions in the same order: one draw of captions for all
+    runs, so what makes a caption hard cancels out.
+
+    The interval has the draws' percentiles about their own mean, laid around the difference: captions drawn twice raise
+    a Frechet distance, by unequal amounts on either side, so that the draws do not lie around what they are draws of.
     """
     counts = {len(run) for run in [*first, *second]}
     if not first or not second or len(counts) != 1 or counts <= {0, 1}:
         raise HypersdError(f"a paired comparison needs runs with the same draws, got {sorted(counts)} of them")
     one, two = (np.mean([run.double().numpy() for run in runs], axis=0) for runs in (first, second))
     difference = one - two
-    low, high = np.quantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
+    spread = difference[1:] - difference[1:].mean()
+    low, high = difference[0] + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
     return float(difference[0]), float(low), float(high)

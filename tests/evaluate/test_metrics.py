@@ -127,6 +127,28 @@ def test_paired_draws_see_a_shift_that_the_spread_of_captions_hides():
     assert high - low > 1.0
 
 
+def test_the_interval_of_a_distance_lies_around_its_estimate():
+    """Draws with replacement raise a Frechet distance of few pictures, the more so the more these vary."""
+    generator = torch.Generator().manual_seed(0)
+    real = gaussian(torch.zeros(16), torch.eye(16))
+    runs = []
+    for scale in (1.0, 0.1):
+        x = scale * torch.randn(64, 16, generator=generator)
+        runs.append([resample(x, lambda rows: frechet_distance(Moments.of(rows), real), resamples=100)])
+    draws = (runs[0][0] - runs[1][0]).numpy()
+    assert draws[1:].min() > draws[0]
+    difference, low, high = paired_difference(*runs)
+    ends = np.quantile(draws[1:], [0.025, 0.975])
+    assert difference == draws[0] and (low, high) == pytest.approx(tuple(ends - draws[1:].mean() + draws[0]))
+    assert low < difference < high
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_every_caption_is_drawn_as_often_as_any_other(row):
+    share = resample(torch.eye(4)[:, row], resamples=2000)[1:].mean()
+    assert float(share) == pytest.approx(0.25, abs=0.02)
+
+
 def test_resampling_a_distance():
     real = gaussian(torch.zeros(2), torch.eye(2))
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((500, 2)))
