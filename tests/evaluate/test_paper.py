@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hypersd import cli
+from hypersd import cli, paper
 from hypersd.distill.recipe import load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
@@ -21,6 +21,7 @@ from hypersd.evaluate.metrics import Moments, frechet_distance
 from hypersd.evaluate.paper import (
     COLUMNS,
     TABLES,
+    TEACHER_STEPS,
     VARIANTS,
     Ledger,
     Variant,
@@ -211,6 +212,34 @@ def test_one_cell_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "was trained by another recipe" in capsys.readouterr().err
     assert cli.run(["evaluate", "paper", "lcn"]) == 2
     assert "method 'lcn' is unknown; known: dmd2, " in capsys.readouterr().err
+
+
+def test_a_row_has_the_distances_to_real_and_to_the_teacher_s_pictures(tmp_path: Path) -> None:
+    job = Paper(tmp_path / "out", tmp_path / "paper.jsonl", budget=40.0, samples=16, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    real, own, teacher = (torch.randn(16, 8, generator=generator) + shift for shift in (0.0, 1.0, 3.0))
+    job.judge.real = Moments.of(real)
+
+    def pictures(variant: Variant, steps: int, seed: int) -> dict[str, torch.Tensor]:
+        features = {("teacher", TEACHER_STEPS, 5): teacher, ("undistilled", 2, 5): own}[variant.method, steps, seed]
+        return {"features": features, "diversity": torch.tensor(0.5)}
+
+    job.pictures = pictures  # type: ignore[method-assign]
+    for method, steps in (("undistilled", 2), ("teacher", TEACHER_STEPS)):
+        job.cell(next(v for v in VARIANTS if v.method == method), steps, 5)
+    first, last = job.ledger.find(method="undistilled"), job.ledger.find(method="teacher")
+    for rows, features in ((first, own), (last, teacher)):
+        assert {row["frechet"] for row in rows} == {frechet_distance(Moments.of(features), job.judge.real)}
+    apart = frechet_distance(Moments.of(own), Moments.of(teacher))
+    assert {row["frechet_to_teacher"] for row in first} == {apart}
+    assert {row["frechet_to_teacher"] for row in last} == {None}
+
+
+def test_what_is_judged_by_stage_are_the_weights_of_that_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "read_lora", lambda path: (path, {}))
+    job = Paper(tmp_path / "out", tmp_path / "paper.jsonl", budget=40.0, samples=16, device="cpu")
+    found = {v.by_stage: job.weights(v, 4, 0)[0].name for v in VARIANTS if v.folder == "tscd-8-4-2-1"}
+    assert found == {False: "lora.safetensors", True: "lora-4step.safetensors"}
 
 
 def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hypersd.errors import HypersdError
+from hypersd.evaluate import run
 from hypersd.evaluate.generate import generate, to_float, to_uint8
 from hypersd.evaluate.metrics import Moments, frechet_distance
 from hypersd.evaluate.protocol import FeatureEvaluator
@@ -13,6 +14,7 @@ from hypersd.models.backbone import Backbone
 from hypersd.models.load import load_components
 from hypersd.models.lora import LoraSpec
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.models.prompts import decode_latents, encode_images
 from hypersd.sampling.solvers import ddim, tcd
 from hypersd.sampling.timesteps import trailing
 
@@ -109,13 +111,21 @@ def test_judge_row_by_hand():
     )
 
 
-def test_table_of_a_tiny_model(components, backbone):
-    real, seen = reference(6), []
+def test_table_of_a_tiny_model(components, backbone, monkeypatch):
+    real, seen, roles = reference(6), [], []
+    monkeypatch.setattr(
+        run, "generate", lambda *args, **options: roles.append(options["role"]) or generate(*args, **options)
+    )
     result = evaluate(
         components, backbone, real, Colours(), zero=reference(6, seed=1), steps=(1, 2), teacher_steps=3, variety=(2, 3),
         grid=2, batch_size=4, progress=lambda *event: seen.append(event),
     )  # fmt: skip
     assert list(result.rows) == ["reference", "teacher", "undistilled", "student"]
+    assert roles == ["base"] * 2 + (["base"] * 2 + ["student"] * 2) * 2  # pictures and variety of each row
+    decoded = to_uint8(decode_latents(components, encode_images(components, to_float(real.images))))
+    means = (to_float(pixels).mean((2, 3)) for pixels in (decoded, real.images))
+    autoencoded = frechet_distance(*map(Moments.of, means))
+    assert result.rows["reference"]["autoencoder"]["frechet"] == pytest.approx(autoencoded, rel=1e-3)
     assert result.rows["teacher"]["nfe"] == 6
     assert {n: row["nfe"] for n, row in result.rows["undistilled"].items()} == {"1": 2, "2": 4}
     assert {n: row["nfe"] for n, row in result.rows["student"].items()} == {"1": 1, "2": 2}
