@@ -292,6 +292,13 @@ def test_files_name_timesteps_that_were_trained(name: str) -> None:
             parse_recipe({"stages": [{"method": name, "iterations": 1, "grid": 3} | rewards]})
 
 
+def test_phases_need_a_grid_point_each() -> None:
+    stage = {"method": "pcm", "phases": 8, "iterations": 1}
+    with pytest.raises(HypersdError, match=r"stages\.0: grid = 7 has fewer points than there are phases \(8\)"):
+        parse_recipe({"stages": [stage | {"grid": 7}]})
+    assert parse_recipe({"stages": [stage | {"grid": 8}]}).stages[0].name == "pcm-8"
+
+
 def sampled(name: str, steps: int | None = None, **options: Any) -> Any:
     """The table that a method's metadata asks for."""
     stage = STAGES[name].model_validate({"method": name, "iterations": 1} | options)

@@ -49,8 +49,9 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def test_caption_dropout() -> None:
     data = numbered(40)
-    dropped = torch.cat([data.batch(s, 40, seed=3, caption_dropout=0.3).cond["c"][:, 0] < 0 for s in range(50)])
+    dropped = torch.stack([data.batch(s, 40, seed=3, caption_dropout=0.3).cond["c"][:, 0] < 0 for s in range(50)])
     assert abs(dropped.float().mean() - 0.3) < 0.04
+    assert len(dropped.unique(dim=0)) == 50  # others in every batch
     again = data.batch(9, 40, seed=3, caption_dropout=0.3).cond["c"]
     assert torch.equal(again, data.batch(9, 40, seed=3, caption_dropout=0.3).cond["c"])
     assert torch.all(data.batch(9, 40, seed=3).cond["c"] > 0)  # the stored conditions are untouched

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def good_step(guard: Guard) -> int | None:
 
 
 def test_the_newest_checkpoint_from_before_the_trouble_is_kept(tmp_path: Path) -> None:
-    """Checkpoints at every second step. Astray at step 3 alone: nothing. From step 7 on: what was saved at 6 stays,
-    though the measure recovers and other alarms and stages follow."""
+    """Checkpoints at every second step. Astray at step 3 alone: nothing. From step 7 on: what was saved at 6 stays, not
+    what is saved at 8, before the warning, though the measure recovers and other alarms and stages follow."""
+    flat = replace(FLAT, patience=3)
     path = tmp_path / "checkpoint.safetensors"
     guard = Guard(path)
-    guard.begin(0, [Health([FLAT], "dmd")])
+    guard.begin(0, [Health([flat], "dmd")])
     assert good_step(guard) is None
     rows, kept, warned = [], [], []
     for step in range(12):
@@ -82,20 +84,20 @@ def test_the_newest_checkpoint_from_before_the_trouble_is_kept(tmp_path: Path) -
         kept.append(good_step(guard))
     assert kept == [None, None, 2, 2, 4, 4, 6, 6, 6, 6, 6, 6]
     (warning,) = [w for w in warned if w]
-    assert warned[8] == warning and "raise the anchor; to undo it, go on from the last good" in warning
+    assert warned[9] == warning and "raise the anchor; to undo it, go on from the last good" in warning
     assert f"{guard.good} (dmd stage, step 6), with --from-good" in warning and "\n" not in warning
     guard.begin(1, [])
     guard.check(row(0, 1))
     guard.end()
     assert good_step(guard) == 6
-    rows[8]["warning"] = warning
+    rows[9]["warning"] = warning
     again = Guard(path, rows)  # a resumed run knows
-    again.begin(0, [Health([FLAT], "dmd")])
+    again.begin(0, [Health([flat], "dmd")])
     again.end()
     assert good_step(again) == 6
-    before = Guard(path, rows[:8])  # step 7 was astray, and one more is enough
-    before.begin(0, [Health([FLAT], "dmd")])
-    assert good_step(before) == 6 and before.check(row(8, diversity=0.1)) is not None
+    before = Guard(path, rows[:9])  # steps 7 and 8 were astray, and one more is enough
+    before.begin(0, [Health([flat], "dmd")])
+    assert good_step(before) == 6 and before.check(row(9, diversity=0.1)) is not None
 
 
 def test_a_healthy_run_leaves_no_second_checkpoint(tmp_path: Path) -> None:

@@ -449,6 +449,23 @@ def test_ema_and_optimizer_follow_the_recipe(schedule: dict[str, Any], factors: 
     torch.testing.assert_close(weights(t.backbone), ema)
 
 
+class Sum(TSCD):
+    """The sum of the student's weights: every gradient is 1."""
+
+    def loss(self, batch: Any, draw: Any) -> torch.Tensor:
+        return sum(p.sum() for p in self.context.backbone.role_parameters("student").values())  # type: ignore[return-value]
+
+
+def test_the_passes_of_a_step_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.METHODS, TSCDStage, Sum)
+    t = toy_trainer(recipe(2, iterations=1, train={"accumulation": 4}), tmp_path)
+    start = weights(t.backbone, "student").values()
+    t.run()
+    ((_, _, loss, norm),) = losses(tmp_path)
+    assert loss == pytest.approx(float(sum(p.sum() for p in start)))
+    assert norm == pytest.approx(sum(p.numel() for p in start) ** 0.5)
+
+
 def test_stages_hand_over_from_the_ema(tmp_path: Path) -> None:
     t = toy_trainer(recipe(4, 2, teacher="previous_stage", grid=16), tmp_path)
     ends: dict[str, Any] = {}
