@@ -4,8 +4,9 @@ import hashlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from hypersd.emoji import tokens
+from hypersd.emoji import scenes, tokens
 from hypersd.emoji.atlas import SPRITE, names, sprites
 from hypersd.emoji.scenes import BACKGROUNDS, SIZE, caption, is_heldout, render, render_caption
 
@@ -65,6 +66,40 @@ def test_masks_cover_what_differs_from_the_background() -> None:
         colour = np.array(list(BACKGROUNDS.values())[background], dtype=np.float32)
         corner = image[~masks.any(0)].astype(np.float32)
         assert np.abs(np.median(corner, 0) - colour).max() < 0.35 * colour.max()
+
+
+def test_a_mask_is_where_its_sprite_covers_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A white sprite on black shows how much it covers."""
+
+    def silhouette(item: int) -> Image.Image:
+        return Image.fromarray(
+            np.concatenate([np.full((SPRITE, SPRITE, 3), 255, np.uint8), sprites()[item][..., 3:]], 2)
+        )
+
+    monkeypatch.setattr(scenes, "_sprite", silhouette)
+    monkeypatch.setattr(scenes, "BACKGROUNDS", dict.fromkeys(BACKGROUNDS, (0, 0, 0)))
+    for item in range(10):
+        image, masks = scenes.draw((item,), 0, np.random.default_rng(item))
+        assert np.array_equal(masks[0], image[..., 0] > 127) and not masks[1].any()
+
+
+class Fixed:
+    """Random numbers that are known: background, then size, tilt and flip; every place in the middle."""
+
+    def __init__(self, *numbers: tuple[float, float, float]) -> None:
+        self.numbers = iter(numbers)
+
+    def random(self, shape: int | tuple[int, int]) -> np.ndarray:
+        return np.array(next(self.numbers)) if shape == 3 else np.full(shape, 0.5)
+
+
+def test_half_of_the_sprites_are_mirrored() -> None:
+    def draw(flip: float) -> tuple[np.ndarray, np.ndarray]:
+        return scenes.draw((0,), 3, Fixed((0.9, 0.0, 0.0), (0.375, 0.5, flip)))  # type: ignore[arg-type]  # 40 pixels
+
+    (plain, mask), (mirrored, other) = draw(0.5), draw(0.49)
+    assert not np.array_equal(plain, mirrored)
+    assert np.array_equal(plain[:, ::-1], mirrored) and np.array_equal(mask[..., ::-1], other)
 
 
 def test_one_caption_has_many_pictures() -> None:
