@@ -49,9 +49,7 @@ class Data(Section):
     def _consistent(self) -> Data:
         if self.kind == "scenes":
             self._belong('data.kind = "folder"', "path", "captions", "resolution")
-        else:
-            self._belong('data.kind = "scenes"', "count")
-        if self.kind == "folder" and self.path is None:
+        elif self.path is None:
             raise ValueError('kind = "folder" needs path, the folder with the pictures')
         return self
 
