@@ -8,6 +8,7 @@ from typing import Any
 _HOME = {
     "NoiseProcess": "noise_process",
     "Backbone": "backbone",
+    "FullBackbone": "full",
     "DIT_TARGETS": "networks",
     "LCM_TARGETS": "networks",
     "LoraConv2d": "lora",
@@ -24,6 +25,7 @@ _HOME = {
     "unfuse": "fused",
     "load_lora": "export",
     "save_lora": "export",
+    "save_network": "full",
 }
 
 __all__ = list(_HOME)

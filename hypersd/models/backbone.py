@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         self._requires_grad = {_bare(name): p.requires_grad for name, p in network.named_parameters()}
         self._is_fused = fused.is_fused(network)
         self._checkpointing = bool(getattr(network, "is_gradient_checkpointing", False))
-        self.fingerprint = _fingerprint(network)
+        self.fingerprint = fingerprint_of(network)
         network.requires_grad_(False)
         paths = [path for path, module in network.named_modules() if self.spec.matches(path) and _can_wrap(module)]
         # the usual lists name layers that only some networks have
@@ -109,6 +109,12 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(iter(self.slots.values())).weight.device
+
+    @contextmanager
+    def network_of(self, role: str) -> Iterator[nn.Module]:
+        """The network, which inside runs with the role's adapter."""
+        with use_role(role):
+            yield self.network
 
     # roles
 
@@ -274,9 +280,7 @@ class Backbone(nn.Module):
     def recompute_feed_forward(self) -> None:
         """Recompute only the feed-forward layers of the transformer blocks: their wide hidden states are a quarter of
         what a UNet keeps for backward, and cost little to compute again."""
-        for module in self.network.modules():
-            if isinstance(module, FeedForward) and "forward" not in vars(module):
-                module.forward = _recomputed(module.forward)
+        recompute_feed_forward(self.network)
 
     def release(self) -> nn.Module:
         """The original network, bit for bit and with its own requires_grad flags; this backbone is empty afterwards.
@@ -332,7 +336,7 @@ class Backbone(nn.Module):
             raise HypersdError(f"the backbone has no role {role!r}; it has {self.roles}")
 
 
-def _fingerprint(network: nn.Module) -> str:
+def fingerprint_of(network: nn.Module) -> str:
     """Class and a hash of all weight names and shapes, PEFT adapters aside: equal for models that can share a LoRA."""
     names = (
         f"{_bare(name)}:{tuple(parameter.shape)}"
@@ -345,6 +349,13 @@ def _fingerprint(network: nn.Module) -> str:
 def _bare(name: str) -> str:
     """The name that a parameter has without PEFT adapters."""
     return name.replace(".base_layer", "")
+
+
+def recompute_feed_forward(network: nn.Module) -> None:
+    """See Backbone's method."""
+    for module in network.modules():
+        if isinstance(module, FeedForward) and "forward" not in vars(module):
+            module.forward = _recomputed(module.forward)
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hypersd.models.backbone import Backbone
-from hypersd.models.lora import LoraSlot, use_role
+from hypersd.models.lora import LoraSlot
 from hypersd.models.networks import blocks, feature_map, first_half, kind, patch_size, predict
 
 HIDDEN = 128
@@ -48,7 +48,7 @@ class EncoderCritic(nn.Module):
 
 
 class BottleneckCritic(nn.Module):
-    """A head on the first part of `backbone` with the adapter of `role`; gradients flow into both that want one, and
+    """A head on the first part of `backbone` as `role` has it; gradients flow into both that want one, and
     into the latents. Its parameters are the head's alone, float32. Raises HypersdError for other networks than UNet,
     SD3 and FLUX."""
 
@@ -61,9 +61,9 @@ class BottleneckCritic(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """(B, 1); real is above 0. x_t (B, C, H, W), timestep (B,)."""
-        network = self._backbone[0].network
-        with use_role(self.role), first_half(network):
-            return self.head(bottleneck(network, x_t, timestep, cond))
+        with self._backbone[0].network_of(self.role) as network, first_half(network):
+            found = bottleneck(network, x_t, timestep, cond)
+        return self.head(found)
 
 
 def bottleneck(network: Any, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -68,6 +68,11 @@ def encode(layers: Mapping[str, Layer], prefix: str, format: str) -> dict[str, T
     return state
 
 
+def is_lora(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the keys of a LoRA, in any known layout, and not those of a whole network."""
+    return any(key.endswith(ending) for key in state for ending in _ENDINGS)
+
+
 def decode(
     state: Mapping[str, Tensor], paths: Iterable[str], prefix: str, *, default_scale: float | None = None
 ) -> dict[str, Layer]:
