@@ -219,7 +219,7 @@ class DMDStage(MatchingStage):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("fake", "start")
+        return ("fake", "start") if self.improves or any(self.anchor) else ("fake",)
 
     @property
     def improves(self) -> bool:
