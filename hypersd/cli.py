@@ -102,7 +102,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, load and write nothing")] = False,
     device: Device = "auto",
 ) -> None:
-    """Train a few-step LoRA by a recipe."""
+    """Train a few-step LoRA, or a whole few-step network, by a recipe."""
     from hypersd import resolve
     from hypersd.distill.recipe import load_recipe
 
@@ -128,13 +128,16 @@ def distill(
             **resolve.load_rewards(loaded, components),
         )  # fmt: skip
         trainer.run(resume=resume, from_good=from_good)
-    _say(f"LoRA: {out / 'lora.safetensors'}")
+    _say(f"{'weights' if loaded.train.full else 'LoRA'}: {trainer.file}")
 
 
 @app.command()
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="captions, one picture each")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA file; its metadata says how to sample")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="file of a whole network, in diffusers' keys, instead of a LoRA")
+    ] = None,
     model: Model = "embedded",
     prompt_file: Annotated[Path | None, typer.Option(help="text file with one caption a line")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="[default: the LoRA's; 25 without one]")] = None,
@@ -171,7 +174,12 @@ def sample(
     steps = len(grid) or steps
     out = resolve.writable(out)
     undistilled = {"solver": "ddim", "steps": str(steps or 25)}
-    state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
+    if lora and weights:
+        raise HypersdError("--lora and --weights exclude each other; leave one out", exit_code=2)
+    if weights:
+        state, metadata = resolve.read_weights(weights)
+    else:
+        state, metadata = resolve.read_lora(lora) if lora else ({}, undistilled)
     if solver is not None and solver.value != metadata.get("solver"):
         for name in ("eta", "timesteps"):  # they belong to the file's own solver
             metadata.pop(name, None)
@@ -185,12 +193,12 @@ def sample(
     backbone, components, process = resolve.load_with_lora(
         model, state, metadata, device, resolution=resolution, dtype=dtype.value
     )
-    metadata = resolve.told_guidance(metadata, backbone.network, guidance_scale, usual=1.0 if lora else 3.0)
+    metadata = resolve.told_guidance(metadata, backbone.network, guidance_scale, usual=1.0 if state else 3.0)
     table = sampler_for(process, metadata, steps)
     if negative_prompt and not table.is_guided:
         raise HypersdError("--negative-prompt needs a guidance of two passes: --guidance-scale above 1", exit_code=2)
     pictures.sample_to(
-        out, components, backbone, table, captions, role="lora" if lora else "base", seed=seed,
+        out, components, backbone, table, captions, role="lora" if state else "base", seed=seed,
         negative_prompt=negative_prompt,
     )  # fmt: skip
     _say(f"{len(captions)} pictures in {out}")
@@ -209,7 +217,7 @@ app.add_typer(evaluation, name="evaluate", help="Judge a LoRA beside its teacher
 
 @evaluation.command("lora")
 def evaluate(
-    lora: Annotated[Path, typer.Argument(help="LoRA file")],
+    lora: Annotated[Path, typer.Argument(help="LoRA file, or that of a whole network")],
     model: Model = "embedded",
     pictures: Annotated[
         Path | None, typer.Option(help="folder of real captioned pictures [embedded: held-out scenes]")

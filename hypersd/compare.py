@@ -1,4 +1,4 @@
-"""A LoRA file beside its teacher and the undistilled model, on scenes or on a folder of pictures."""
+"""A file of weights beside its teacher and the undistilled model, on scenes or on a folder of pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypersd.evaluate.effnet import effnet_lite0
 from hypersd.evaluate.protocol import FeatureEvaluator
 from hypersd.evaluate.report import metrics_document, write_report
 from hypersd.evaluate.run import evaluate
-from hypersd.resolve import folder_reference, is_embedded, load_with_lora, read_lora, scene_references, writable
+from hypersd.resolve import folder_reference, is_embedded, load_with_lora, read_weights, scene_references, writable
 from hypersd.sampling.sampler import offered_steps, sampler_for
 
 STEPS = (1, 2, 4, 8)  # of files that do not say what they are made for
@@ -69,7 +69,7 @@ def compare(
         raise HypersdError(f"guidance_scale {guidance_scale} is not a number to guide with", exit_code=2)
     if features == "judge" and not is_embedded(model):
         raise HypersdError("the judge knows emoji scenes only; use --features effnet-lite0", exit_code=2)
-    state, metadata = read_lora(lora)
+    state, metadata = read_weights(lora)
     numbers = tuple(offered_steps(metadata)) or STEPS
     extractor = effnet_lite0() if features == "effnet-lite0" else None
     out = writable(out)

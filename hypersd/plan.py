@@ -27,8 +27,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     network, base = parts["network"], counts["network"]
     spec = LoraSpec(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or default_targets(network))
     encoder = _encoder(network)  # before adapters are put into it
-    backbone = Backbone(network, spec)
-    lora = sum(p.numel() for p in backbone.role_parameters("student").values())
+    trained, layers = base, 0
+    if not recipe.train.full:
+        backbone = Backbone(network, spec)
+        trained, layers = sum(p.numel() for p in backbone.role_parameters("student").values()), len(backbone.slots)
     # student and EMA, and what each stage needs beside them; gradient and two Adam moments of what it trains
     held = [2 + stage.needs_previous + len(stage.roles) + 3 + 3 * ("fake" in stage.roles) for stage in recipe.stages]
     pictures = recipe.data.count
@@ -38,13 +40,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "model": str(folder),
         "pictures": pictures,
         "base_parameters": base,
-        "lora_parameters": lora,
-        "lora_layers": len(backbone.slots),
+        "trained_parameters": trained,
+        "lora_layers": layers,  # 0: the whole network is trained
         "base_bytes": base * BYTES[recipe.train.dtype] + counts["vae"] * 4,
         # with the VAE in memory, and the network not yet, while pictures and captions are encoded
         "vae_bytes": counts["vae"] * 4,
         "text_bytes": sum(count * 4 for name, count in counts.items() if name.startswith("text_encoder")),
-        "adapter_bytes": lora * 4 * max(held),  # fp32
+        "adapter_bytes": trained * 4 * max(held),  # fp32
         # a trained copy of the encoder with the same
         "critic_bytes": encoder * 4 * 4 * any(stage.copies_encoder for stage in recipe.stages),
         "stages": [
@@ -83,11 +85,14 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(table)
     mib = 2**20
     critic = f" + {plan['critic_bytes'] / mib:,.0f} MiB critic" if plan["critic_bytes"] else ""
+    size, layers = f"{plan['trained_parameters'] / 1e6:,.2f} M parameters", plan["lora_layers"]
+    trained = f"LoRA       {size} in {layers} layers" if layers else f"trained    {size}, the whole network"
+    held = "adapters" if layers else "copies"
     console.print(
         f"model      {plan['model']}, {plan['base_parameters'] / 1e6:,.1f} M parameters\n"
-        f"LoRA       {plan['lora_parameters'] / 1e6:,.2f} M parameters in {plan['lora_layers']} layers\n"
+        f"{trained}\n"
         f"data       {plan['pictures']:,} pictures\n"
-        f"memory     {plan['base_bytes'] / mib:,.0f} MiB frozen + {plan['adapter_bytes'] / mib:,.0f} MiB adapters and "
+        f"memory     {plan['base_bytes'] / mib:,.0f} MiB frozen + {plan['adapter_bytes'] / mib:,.0f} MiB {held} and "
         f"optimizer{critic}; activations come on top\n"
         f"encoding   {plan['text_bytes'] / mib:,.0f} MiB text encoders + {plan['vae_bytes'] / mib:,.0f} MiB VAE, "
         "before the network; not where the data is cached",

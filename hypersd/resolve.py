@@ -27,6 +27,8 @@ from hypersd.distill.trainer import check_recipe, check_run
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
+from hypersd.models.formats import is_lora
+from hypersd.models.full import FullBackbone
 from hypersd.models.fused import fuse
 from hypersd.models.load import Components, load_components, read_scheduler, skeletons, stamps
 from hypersd.models.lora import LoraSpec
@@ -185,7 +187,11 @@ def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = 
                 f"{multiple}",
                 exit_code=2,
             )
-    backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, lora.targets or default_targets(network)))
+    backbone: Backbone | FullBackbone
+    if recipe.train.full:
+        backbone = FullBackbone(network)
+    else:
+        backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, lora.targets or default_targets(network)))
     if recipe.train.init is not None:
         try:
             state, metadata = read_lora(Path(recipe.train.init))
@@ -306,10 +312,20 @@ def captions(prompts: list[str], file: Path | None) -> list[str]:
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(state, metadata) of a LoRA file; a published one that says nothing gets its rules from hypersd.sampling.presets.
     Reading it comes before any model is loaded."""
+    state, metadata = read_weights(path)
+    if not is_lora(state):
+        raise HypersdError(f"{path} holds no LoRA; whole networks are for `sample --weights` and `evaluate`")
+    return state, metadata
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As `read_lora`, of a LoRA file or of a whole network's."""
     from hypersd.models.export import load_lora
     from hypersd.sampling.presets import rules_for
 
     state, metadata = load_lora(path)
+    if not state:
+        raise HypersdError(f"{path} holds no tensors; export it again")
     return state, rules_for(str(path), metadata)
 
 
@@ -321,19 +337,22 @@ def load_with_lora(
     *,
     resolution: int | None = None,
     dtype: str = "float32",
-) -> tuple[Backbone, Components, NoiseProcess]:
-    """A model with the LoRA as role "lora" (none where `state` is empty), and its noise process, for pictures of
-    `resolution` pixels a side: unless told those that the LoRA was trained on, or else the model's own. `dtype` is the
-    network's."""
+) -> tuple[Any, Components, NoiseProcess]:
+    """A model as Backbone with the LoRA as role "lora" (none where `state` is empty), or as FullBackbone with the whole
+    network that `state` is as that role; and its noise process, for pictures of `resolution` pixels a side: unless told
+    those that the file was trained on, or else the model's own. `dtype` is the network's."""
     components = load_model(model, device, getattr(torch, dtype))
     said = metadata.get("resolution", "")
     side = resolution or (int(said) if said.isdigit() else 0)
     if side:
         components.resolution = (side, side)
-    backbone = Backbone(components.network, roles=())
+    whole = bool(state) and not is_lora(state)
+    backbone: Any = FullBackbone(components.network, roles=()) if whole else Backbone(components.network, roles=())
     if components.device.type == "cpu":
         backbone.fuse()
-    if state:
+    if whole:
+        backbone.load_network_state_dict(state, "lora")
+    elif state:
         _check_base(backbone, metadata, model)
         backbone.load_lora_state_dict(state, "lora", scale=float(metadata.get("lora_scale", 1.0)))
     return backbone, components, components.noise_process()
@@ -355,7 +374,10 @@ def told_guidance(
 
 
 def _check_base(
-    backbone: Backbone, metadata: Mapping[str, str], model: str, remedy: str = "name its own with --model"
+    backbone: Backbone | FullBackbone,
+    metadata: Mapping[str, str],
+    model: str,
+    remedy: str = "name its own with --model",
 ) -> None:
     base = metadata.get("base_model")
     if base is not None and base != backbone.fingerprint:

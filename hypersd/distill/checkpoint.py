@@ -33,7 +33,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict[st
 
 
 def keep_as(path: Path, other: Path) -> None:
-    """Give the checkpoint a second name. It is only ever renamed over, never written into, so that a link will do; a
+    """Give the file a second name. It is only ever renamed over, never written into, so that a link will do; a
     copy where the file system has none."""
     if other.exists() and other.samefile(path):
         return

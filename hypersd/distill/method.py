@@ -19,7 +19,8 @@ STUDENT, EMA, PREVIOUS, BASE = "student", "ema", "previous", "base"
 
 
 class Denoiser(Protocol):
-    """One frozen network with an adapter per role: hypersd.models' Backbone, or anything that acts like it."""
+    """One frozen network with an adapter per role, or a copy: hypersd.models' Backbone and FullBackbone, or anything
+    that acts like them."""
 
     def __call__(self, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor], *, role: str = "base") -> Tensor: ...
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]: ...

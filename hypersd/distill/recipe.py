@@ -65,9 +65,11 @@ class Lora(Section):
 
 class Train(Section):
     """`batch_size` is one forward pass; `accumulation` passes make one optimizer step. `init`: a finished LoRA file
-    that the first stage starts from; None: it starts as the base model."""
+    that the first stage starts from; None: it starts as the base model. `full`: train every weight of the network, from
+    the base model with `init` merged into it, instead of a LoRA (hypersd.models' FullBackbone says what that takes)."""
 
     init: str | None = None
+    full: bool = False
     batch_size: Positive = 32
     accumulation: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -94,6 +96,21 @@ class Recipe(Section):
     lora: Lora = Lora()
     train: Train = Train()
     stages: Annotated[list[Stage], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _full_has_no_lora(self) -> Recipe:
+        if not self.train.full:
+            return self
+        # a recipe that was written down has every key
+        said = [name for name in Lora.model_fields if getattr(self.lora, name) != getattr(Lora(), name)]
+        if said:
+            raise ValueError(f"lora.{said[0]} and train.full = true exclude each other; leave one out")
+        for i, stage in enumerate(self.stages):
+            if stage.is_separate:
+                raise ValueError(
+                    f'stages.{i}: train.full = true has no separate LoRA to train; set adapter = "continue"'
+                )
+        return self
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Recipe:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hypersd.distill.checkpoint import load_checkpoint, save_checkpoint, set_aside
+from hypersd.distill.checkpoint import keep_as, load_checkpoint, save_checkpoint, set_aside
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.dmd import DMD
 from hypersd.distill.dmd2 import DMD2
@@ -56,6 +56,7 @@ from hypersd.distill.tscd import TSCD
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
+from hypersd.models.full import FullBackbone, save_network
 from hypersd.models.lora import LoraSpec
 from hypersd.models.networks import default_targets
 from hypersd.models.noise_process import NoiseProcess
@@ -90,10 +91,11 @@ class Trainer:
     """Runs the stages of a recipe on one network.
 
     components: network and scheduler_config are used (hypersd.models' Components). `backbone` replaces the Backbone
-    that is otherwise put around the network: any `Denoiser` without roles yet. rewards, structure: what a feedback
-    stage names (see method.Context). Under out_dir: `checkpoint.safetensors`, `metrics.jsonl`,
-    `lora-<steps>step.safetensors` of each stage (`lora-<steps>step-stage<i>`, i from 0, where an earlier one has that
-    name) and `lora.safetensors` of the last; while a run lasts, and after one that warned,
+    that is otherwise put around the network (FullBackbone where the recipe says train.full): any `Denoiser` without
+    roles yet. rewards, structure: what a feedback stage names (see method.Context). Under out_dir:
+    `checkpoint.safetensors`, `metrics.jsonl`, `lora-<steps>step.safetensors` of each stage
+    (`lora-<steps>step-stage<i>`, i from 0, where an earlier one has that name) and `lora.safetensors` of the last,
+    whole networks as `unet...` or `transformer...` instead; while a run lasts, and after one that warned,
     `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
     """
 
@@ -156,7 +158,7 @@ class Trainer:
             self.log = Log(self.out_dir / "metrics.jsonl", keep)
             self.guard = Guard(self.checkpoint, self.log.kept)
             with Interrupt() as interrupt:
-                if self.stage == len(self.recipe.stages) and not (self.out_dir / "lora.safetensors").exists():
+                if self.stage == len(self.recipe.stages) and not self.file.exists():
                     self._export(self.stage - 1)  # of a finished run, and removed since
                 while self.stage < len(self.recipe.stages):
                     self._run_stage(interrupt)
@@ -165,14 +167,18 @@ class Trainer:
             torch.set_num_threads(threads)
         return self.backbone
 
-    def _wrap(self, network: torch.nn.Module) -> Backbone:
+    def _wrap(self, network: torch.nn.Module) -> Backbone | FullBackbone:
         train, lora = self.recipe.train, self.recipe.lora
         dtype = getattr(torch, train.dtype)
         on_cpu = next(network.parameters()).device.type == "cpu"
         # not network.to(): that of diffusers warns about every cast
         torch.nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        targets = lora.targets or default_targets(network)
-        backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, targets), roles=())
+        backbone: Backbone | FullBackbone
+        if train.full:
+            backbone = FullBackbone(network, roles=())
+        else:
+            targets = lora.targets or default_targets(network)
+            backbone = Backbone(network, LoraSpec(lora.rank, lora.alpha, targets), roles=())
         if on_cpu:
             backbone.fuse()
         if train.gradient_checkpointing == "full":
@@ -182,7 +188,7 @@ class Trainer:
         return backbone
 
     def _add_student(self) -> None:
-        """A new adapter that changes nothing yet. It comes from the seed."""
+        """A new adapter, or copy of the network, that changes nothing yet. It comes from the seed."""
         with _seeded(self.recipe.train.seed):
             self.backbone.add_role(STUDENT)
         self.backbone.add_role(EMA, like=STUDENT)
@@ -204,8 +210,19 @@ class Trainer:
 
     @property
     def result(self) -> str:
-        """The role, or sum of roles, that lora.safetensors holds."""
+        """The role, or sum of roles, that the last file holds."""
         return _averaged(self.recipe.stages[-1])
+
+    @property
+    def file(self) -> Path:
+        """The last file: lora.safetensors or, of whole networks, unet.safetensors or transformer.safetensors."""
+        return self._named("lora")
+
+    def _named(self, name: str) -> Path:
+        """The file of a stage with this name, or "lora" for the last."""
+        if self.recipe.train.full:
+            name = self.backbone.key_prefix + name.removeprefix("lora")
+        return self.out_dir / f"{name}.safetensors"
 
     def _begin_stage(self) -> Method:
         """Hand over from the stage before (its EMA weights go on), and build this stage's method."""
@@ -454,18 +471,22 @@ class Trainer:
         return tensor.to(like.device, like.dtype)
 
     def _export(self, number: int) -> None:
-        """The stage's EMA weights as a LoRA file, and as lora.safetensors after the last stage: there merged with what
-        they stand on, where the stage trained an adapter of its own."""
-        if not isinstance(self.backbone, Backbone):
+        """The stage's EMA weights as a file, and as `self.file` after the last stage: there merged with what they stand
+        on, where the stage trained an adapter of its own."""
+        if not isinstance(self.backbone, Backbone | FullBackbone):
             return
         stage = self.recipe.stages[number]
         metadata = METHODS[type(stage)].metadata(stage, self.process)
         metadata |= model_metadata(self._told, self.components, self.backbone, self.dataset.latent_size)
-        files = {self.recipe.files[number]: EMA}
-        if number == len(self.recipe.stages) - 1:
-            files["lora"] = self.result
-        for name, role in files.items():
-            save_lora(self.out_dir / f"{name}.safetensors", self.backbone, role, metadata)
+        path, is_last = self._named(self.recipe.files[number]), number == len(self.recipe.stages) - 1
+        if isinstance(self.backbone, FullBackbone):
+            save_network(path, self.backbone, EMA, metadata)
+            if is_last:
+                keep_as(path, self.file)
+            return
+        save_lora(path, self.backbone, EMA, metadata)
+        if is_last:
+            save_lora(self.file, self.backbone, self.result, metadata)
 
 
 def check_recipe(state: dict[str, Any], recipe: Recipe, path: Path, *, from_good: bool = False) -> None:

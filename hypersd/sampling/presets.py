@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from hypersd.errors import HypersdError
 from hypersd.models.formats import UNSAID_SCALE
 
 
@@ -74,17 +73,8 @@ PRESETS: dict[str, Preset] = _presets()
 
 
 def rules_for(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
-    """`metadata` of the LoRA file `name` (a path will do), with the published rules where it names no solver.
-
-    Raises HypersdError for a published file that is no LoRA.
-    """
+    """`metadata` of the file `name` (a path will do), with the published rules where it names no solver."""
     preset = PRESETS.get(PurePath(name).name.removesuffix(".safetensors"))
     if preset is None or "solver" in metadata:
         return dict(metadata)
-    if preset.kind != "lora":
-        timesteps = ",".join(map(str, preset.timesteps or ()))
-        raise HypersdError(
-            f"{name} holds the whole {preset.base} network; put it into the model's unet folder and sample "
-            f"with --solver {preset.solver} --timesteps {timesteps} --guidance-scale 0"
-        )
     return preset.metadata | dict(metadata)

@@ -19,12 +19,16 @@ def line(*args: object) -> str:
 
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
-    emoji = ["emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick"]
-    assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl"]
+    emoji = ["emoji-1step", "emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick"]
+    assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl", "sdxl-1step"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
         if name == "emoji-feedback":  # it begins with a finished LoRA
             assert [stage.name for stage in load_recipe(name).stages] == ["feedback"]
+            continue
+        if name.endswith("-1step"):  # one step from 800 by a whole network, and nothing else
+            (stage,), train = load_recipe(name).stages, load_recipe(name).train
+            assert stage.timestep == 800 and stage.consistency == 0 and stage.roles == ("fake",) and train.full
             continue
         if name == "emoji-cfg":  # guidance is left to the sampler
             (stage,), data = load_recipe(name).stages, load_recipe(name).data
@@ -33,7 +37,7 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
             continue
         after = {"emoji-quick": ["feedback"], "emoji-full": ["dmd", "feedback"], "sd15": ["dmd"], "sdxl": ["dmd"]}
         assert [stage.name for stage in load_recipe(name).stages] == tscd + after.get(name, [])
-    for name in ("flux", "sd15", "sd3", "sdxl"):
+    for name in ("flux", "sd15", "sd3", "sdxl", "sdxl-1step"):
         train = load_recipe(name).train
         assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
     for name in ("sd15", "sdxl"):
@@ -185,6 +189,19 @@ def test_a_first_stage_is_taught_by_the_base_model() -> None:
     assert (first.teacher, second.teacher) == ("base", "previous_stage")  # type: ignore[union-attr]
     assert first == parse_recipe({"stages": [stage | {"teacher": "base"}]}).stages[0]
     assert first.network_evaluations == 2 + 1 + 3 and second.network_evaluations == 1 + 1 + 3
+
+
+def test_a_whole_network_has_no_adapter() -> None:
+    dmd = {"method": "dmd", "iterations": 1, "real_score": "base"}
+    feedback = {"method": "feedback", "iterations": 1, "rewards": [{"kind": "aesthetic", "threshold": 6.0}]}
+    document = {"train": {"full": True}, "stages": [dmd]}
+    whole = parse_recipe(document)
+    assert completed(whole.model_dump(mode="json")) == whole.model_dump(mode="json")
+    with pytest.raises(HypersdError, match=r"lora\.rank and train\.full = true exclude each other"):
+        parse_recipe(document | {"lora": {"rank": 32}})
+    with pytest.raises(HypersdError, match=r'stages\.1: train\.full = true has no separate LoRA.*adapter = "continue"'):
+        parse_recipe(document | {"stages": [dmd, feedback]})
+    parse_recipe(document | {"stages": [dmd, feedback | {"adapter": "continue"}]})
 
 
 def test_files(tmp_path: Path) -> None:

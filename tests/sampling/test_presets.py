@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hypersd.errors import HypersdError
 from hypersd.models import NoiseProcess
 from hypersd.sampling import PRESETS, rules_for, sampler_for
 
@@ -41,8 +40,7 @@ def test_the_one_step_network_is_fed_white_noise_at_800():
     table = sampler_for(VP, preset.metadata)
     assert table.timesteps.tolist() == [800]
     assert np.allclose(table.coef[0, :2], [1 / 0.19201, -0.98139 / 0.19201], rtol=1e-4)
-    with pytest.raises(HypersdError, match="whole Stable Diffusion XL network"):
-        rules_for("Hyper-SDXL-1step-Unet.safetensors", {})
+    assert rules_for("folder/Hyper-SDXL-1step-Unet.safetensors", {}) == preset.metadata and preset.kind == "unet"
 
 
 def test_flow_files_take_an_eighth_of_their_strength():
