@@ -73,7 +73,7 @@ def test_one_step_from_800(lora: Path, tiny_sd_folder: Path, tmp_path: Path) -> 
     student, components, process = resolve.load_with_lora(str(tiny_sd_folder), state, metadata, "cpu")
     z = torch.randn(2, *components.latent_shape, generator=torch.Generator().manual_seed(3))
     cond, time = {"encoder_hidden_states": torch.randn(2, 16, 32)}, torch.tensor([800, 800])
-    table = sampler_for(process, metadata | {"solver": "lcm"})
+    table = sampler_for(process, metadata)
     x_0 = sample(lambda x_t, t: student(x_t, t, cond, role="lora"), table, z)
     alpha, sigma = (float(level[0]) for level in process.at(np.array([800])))
     with torch.no_grad():  # the same operators: on a CPU both run fused
