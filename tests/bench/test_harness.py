@@ -261,8 +261,8 @@ def test_the_table_shows_ratios(capsys):
 
 def test_the_picture_shows_rows(tmp_path):
     rows = [
-        harness.Result("op", "c", "float32", "fwd", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2, of_roofline=0.5)
-        for p, v in (("hypersd", 2.0), ("eager", 5.0))
+        harness.Result("op", "c", "float32", "fwd", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2, of_roofline=share)
+        for p, v, share in (("hypersd", 2.0, 0.5), ("eager", 5.0, None))
     ]
     report.plot(rows, tmp_path / "rows.png", bench.environment.environment())
     with Image.open(tmp_path / "rows.png") as picture:
