@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from hypersd.kernels import _native
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {}
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
 _forced = "auto"
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled  # looked up once: each call counts
+_is_transforming = torch._C._are_functorch_transforms_active
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,10 @@ class Op:
         return run(*args)  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the schema's arguments, all given by position."""
+        """Run on the schema's arguments, all given by position; under torch.func's transforms and forward-mode AD, for
+        which only the definition has rules, as the definition."""
+        if _is_transforming() or forward_ad._current_level >= 0:
+            return self._reference(*args)
         if _is_compiling():
             return self._reference(*args) if _forced == "reference" else self._take(self.compiled(*args))
         if _forced != "auto":

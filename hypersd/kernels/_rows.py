@@ -68,7 +68,8 @@ def check_numbers(
     if value.device != device and value.device.type != "cpu":
         raise ValueError(f"{name}: got device {value.device}, expected {device} or the CPU")
     check_strided(name, value)
-    if finite and type(value) is Tensor and value.device.type == "cpu":
+    here = finite and type(value) is Tensor and value.device.type == "cpu"
+    if here and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         wrong = next((number for number in value.flatten().tolist() if not math.isfinite(number)), None)
         if wrong is not None:
             raise ValueError(f"{name}: got {wrong}, expected finite numbers")

@@ -139,6 +139,37 @@ def test_second_derivatives_raise(op, device):
         sum(g.sum() for g in grads).backward()
 
 
+@on_devices
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_transforms_are_those_of_the_definition(op, compiled, device):
+    """Tangents of a forward pass, and gradients through vmap over a new first dimension: neither is zero in silence."""
+    inputs = checks.smallest(op).inputs(OWN[device], device)
+    names = [k for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
+    leaves = tuple(inputs[k] for k in names)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(checks.results(op, inputs | dict(zip(names, tensors, strict=True))).values())
+
+    def tangents(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(function, tensors, tensors)[1]
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def total(*batched: Tensor) -> Tensor:
+            return sum(out.square().sum() for out in torch.vmap(function)(*batched))
+
+        return torch.func.grad(total, tuple(range(len(names))))(*(t[None] for t in tensors))
+
+    for wanted in (tangents, gradients):
+        torch._dynamo.reset()
+        run = torch.compile(wanted, fullgraph=True, backend="aot_eager") if compiled else wanted
+        found = run(*leaves)
+        with use("reference"):
+            expected = wanted(*leaves)
+        assert all(value.abs().sum() > 0 for value in expected)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("op", EVERY)
 def test_same_bits_on_any_number_of_threads(op, dtype):
