@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from hypersd.kernels import _native
 from hypersd.kernels._cost import Cost, ceiling
@@ -95,11 +94,7 @@ class Op:
                 LIBRARY.impl(name, self._checked(self._without_triton), "CUDA")
             torch.library.register_fake(f"hypersd::{name}", self._checked(self.fake), lib=LIBRARY)
         if self.backward:
-            backward, once = self.backward, once_differentiable(self.backward)
-
-            def run_backward(ctx: Any, *grads: Any) -> Any:
-                return once(ctx, *grads) if _is_grad_enabled() else backward(ctx, *grads)
-
+            run_backward = _once(self.name, self.backward)
             torch.library.register_autograd(
                 f"hypersd::{self.name}", run_backward, setup_context=self.setup_context, lib=LIBRARY
             )
@@ -231,6 +226,22 @@ def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
         return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     return run
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` without a graph of its own: where one is asked for (create_graph), differentiating what it returns
+    raises, also where the incoming gradients are constants, as y.sum() sends them."""
+    twice = f"{name}: trying to differentiate twice what is differentiable once; use('reference') is at any order"
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        if not _is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        marked = torch._C._functions.DelayedError(twice, len(found))
+        return marked(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+
+    return run_backward
 
 
 def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.Function]:

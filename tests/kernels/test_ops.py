@@ -129,11 +129,12 @@ def test_autocast(op, backward_inside, device):
 
 
 @on_devices
+@pytest.mark.parametrize("constant", [False, True])  # the incoming gradient, as a penalty on y.sum() has it
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_second_derivatives_raise(op, device):
+def test_second_derivatives_raise(op, constant, device):
     inputs = checks.smallest(op).inputs(OWN[device], device)
     leaves = [inputs[k].requires_grad_() for k in op.differentiable if isinstance(inputs.get(k), Tensor)]
-    out = sum(value.square().sum() for value in checks.results(op, inputs).values())
+    out = sum((value if constant else value.square()).sum() for value in checks.results(op, inputs).values())
     grads = torch.autograd.grad(out, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         sum(g.sum() for g in grads).backward()
