@@ -74,6 +74,7 @@ def _load() -> str:
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         return f"{found[0].name} does not load ({reason}); rebuild it with `{command}`"
+    _set_isa(-2)
     return ""
 
 
@@ -89,6 +90,7 @@ def status() -> str:
 
 
 _BY_ISA: list[Any] = []
+_isa = ""  # in use, once the library is loaded; plain, as torch.compile reads it
 
 
 def cache_by_isa(function: F) -> F:
@@ -104,14 +106,19 @@ def isa(force: str | None = None) -> str:
         raise RuntimeError(f"no C++ kernels: {_load()}")
     if force is not None and force not in (*ISA_LEVELS, "auto"):
         raise ValueError(f"isa: got {force!r}, expected one of {(*ISA_LEVELS, 'auto')}")
-    level = -2 if force is None else -1 if force == "auto" else ISA_LEVELS.index(force)
-    chosen = int(torch.ops.hypersd._native_isa(level))
     if force is not None:
+        _set_isa(-1 if force == "auto" else ISA_LEVELS.index(force))
         for cached in _BY_ISA:
             cached.cache_clear()
-    if force not in (None, "auto") and ISA_LEVELS[chosen] != force:
-        raise ValueError(f"isa: this CPU has no {force}; the widest it has is {ISA_LEVELS[chosen]}")
-    return ISA_LEVELS[chosen]
+    if force not in (None, "auto", _isa):
+        raise ValueError(f"isa: this CPU has no {force}; the widest it has is {_isa}")
+    return _isa
+
+
+def _set_isa(level: int) -> None:
+    """Use that of `level`, at most; -1: the widest, -2: the one in use."""
+    global _isa
+    _isa = ISA_LEVELS[int(torch.ops.hypersd._native_isa(level))]
 
 
 @cache
@@ -163,7 +170,6 @@ def lora_dtypes() -> tuple[torch.dtype, ...]:
     return tuple(dtype for bit, dtype in enumerate((torch.float32, torch.bfloat16)) if known >> bit & 1)
 
 
-@cache_by_isa
 def cpu_kind() -> str:
     """Folder of kernels/configs for CPUs like this: cpu_amx where the C++ kernels use a tile unit, else cpu."""
-    return "cpu_amx" if available() and isa() == "amx" else "cpu"
+    return "cpu_amx" if _isa == "amx" else "cpu"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypersd.kernels import _attention as tiles
-from hypersd.kernels import attention, explain, use
+from hypersd.kernels import _native, attention, explain, use
 
 op_file = importlib.import_module("hypersd.kernels.attention")
 
@@ -103,6 +103,27 @@ def test_explain_names_where_it_runs(monkeypatch):
     said = explain(attention, **many)
     assert said.implementation == "torch" and "tile unit" in said.why
     assert explain(attention, **few).implementation != "torch"
+
+
+@pytest.mark.skipif(not _native.available(), reason=_native.status())
+def test_compiles_whole_whoever_takes_many_keys():
+    """The choice is traced with the rest; another instruction set is another choice."""
+    many = inputs(1, 1, 4, 1024, dtype=torch.float32)
+    graphs: list[str] = []
+
+    def listing(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(str(module.graph))
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend=listing)
+    try:
+        for level in ("auto", "baseline"):
+            _native.isa(level)
+            assert torch.equal(compiled(**many), attention(**many))
+            assert ("hypersd.attention" in graphs[-1]) is (explain(attention, **many).implementation == "cpp")
+    finally:
+        _native.isa("auto")
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 48, 64, 80, 96, 100, 120, 128, 160])
