@@ -1,4 +1,7 @@
-"""Operators on latents, and what runs them. Tensors and coefficients only: no models here."""
+"""Operators on latents, and what runs them. Tensors and coefficients only: no models here.
+
+Floating-point means float16, bfloat16, float32 or float64 throughout; a float8 tensor raises TypeError.
+"""
 
 from __future__ import annotations
 

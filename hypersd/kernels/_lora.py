@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hypersd.kernels import _lora_rows, _native, _op
 from hypersd.kernels._op import Op
-from hypersd.kernels._rows import check_real
+from hypersd.kernels._rows import DTYPES, autocast, check_real
 from hypersd.kernels._tune import CONFIGS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -278,8 +278,8 @@ def check(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None
 ) -> None:
     """What both ops ask alike: one dtype, one device, a weight, a bias that fits, a scalar scale."""
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one of 16 to 64 bits")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
         if tensor is None:
             continue
@@ -309,11 +309,9 @@ def arguments(
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
         if not isinstance(t, Tensor) and (name != "bias" or t is not None):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-        if name in "ab" and t is not None and not t.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point one")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if name in "ab" and t is not None and t.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point one of 16 to 64 bits")
+    x, weight, bias = autocast(x, weight, bias)
     if a.dtype != x.dtype or b.dtype != x.dtype:
         ours = _op.asked_for() == "auto" and not torch.compiler.is_compiling()
         if not (ours and mixed(x, a, b) and _lora_rows.takes(x, weight, a)):

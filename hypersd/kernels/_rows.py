@@ -17,14 +17,15 @@ from hypersd.kernels._tune import Config, lookup
 
 SMS = 132  # of an H100 or H200: what the analytic choice of a grid counts with
 ELEMENTS_PER_THREAD = 8  # 128 bits of a 16-bit type
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what every op takes and torch computes with
 
 
 def check_tensor(name: str, value: object, like: Tensor | None = None, like_name: str = "") -> None:
-    """Raise TypeError or ValueError unless `value` is a floating-point tensor (of the shape and device of `like`)."""
+    """Raise TypeError or ValueError unless `value` is a tensor of DTYPES (of the shape and device of `like`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point dtype")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}, expected a floating-point dtype of 16 to 64 bits")
     check_strided(name, value)
     if like is None:
         if value.dim() < 1:
@@ -73,6 +74,17 @@ def check_numbers(
         wrong = next((number for number in value.flatten().tolist() if not math.isfinite(number)), None)
         if wrong is not None:
             raise ValueError(f"{name}: got {wrong}, expected finite numbers")
+
+
+def autocast(first: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The tensors (or None) as torch.autocast hands them to a product: 16 and 32 bit in its dtype, else as they are."""
+    kind = first.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return first, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES[:3] else t for t in (first, *others)
+    )  # fmt: skip
 
 
 def work_dtype(*tensors: Tensor | None) -> torch.dtype:

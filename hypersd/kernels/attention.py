@@ -20,7 +20,7 @@ from torch import Tensor
 from hypersd.kernels import _attention, _native, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
-from hypersd.kernels._rows import check_real, check_strided
+from hypersd.kernels._rows import DTYPES, autocast, check_real, check_strided
 
 # queries times keys up to which, without C++, plain products beat torch's kernel: in backward above all
 SHORT = 256 * 80
@@ -123,8 +123,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"attention: {name} is a {type(t).__name__}, expected a tensor")
-        if not t.dtype.is_floating_point or t.dtype != q.dtype:
-            expected = "a floating-point one" if name == "q" else f"{q.dtype} as q"
+        if t.dtype not in DTYPES or t.dtype != q.dtype:
+            expected = "a floating-point one of 16 to 64 bits" if name == "q" else f"{q.dtype} as q"
             raise TypeError(f"attention: {name} has dtype {t.dtype}, expected {expected}")
         if t.device != q.device:
             raise ValueError(f"attention: {name} is on {t.device}, expected {q.device} as q")
@@ -225,9 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     """
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() != 4 or k.dim() != 4:
         _check(q, k, v, 1.0)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast(q, k, v)
     if OP.is_elsewhere(q, k, v):
         _check(q, k, v, 1.0)
         return F.scaled_dot_product_attention(q, k, v, scale=scale)

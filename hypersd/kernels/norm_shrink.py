@@ -273,7 +273,7 @@ def norm_shrink(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit.
     """
-    if isinstance(a, Tensor) and isinstance(x, Tensor) and a.dtype != x.dtype and a.dtype.is_floating_point:
+    if isinstance(a, Tensor) and isinstance(x, Tensor) and a.dtype != x.dtype and a.dtype in _rows.DTYPES:
         a = a.to(x.dtype)
     if isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):  # S is of x's dtype, whatever computes it

@@ -21,7 +21,8 @@ from tests.kernels import checks
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
 ROUNDING = 0.05  # a wrong answer is wrong by more
 NUMBERS = (math.nan, math.inf, -math.inf, -1, 0, 1.5, 99, None, "text", [1, 2])
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.complex64, torch.bool)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OTHERS = (torch.float8_e4m3fn, torch.int64, torch.complex64, torch.bool)
 
 
 def planted(t: Tensor, value: float) -> Tensor:
@@ -37,7 +38,7 @@ def changes_of(op: Op, name: str, value: Any, alone: bool) -> dict[str, Any]:
     if not isinstance(value, Tensor):
         return {} if isinstance(value, bool) else {repr(number): number for number in NUMBERS}
     found: dict[str, Any] = {"no tensor": 1.5, "a list": [1.0], "nothing": None, "sparse": value.to_sparse()}
-    found |= {str(dtype): value.to(dtype) for dtype in DTYPES if dtype != value.dtype}
+    found |= {str(dtype): value.to(dtype) for dtype in (*DTYPES, *OTHERS) if dtype != value.dtype}
     if not alone:
         found["another device"] = value.to("meta")
     found["a dimension more"] = value[None]
@@ -52,7 +53,7 @@ def changes_of(op: Op, name: str, value: Any, alone: bool) -> dict[str, Any]:
     return found
 
 
-MUST = ("no tensor", "a list", "sparse", "torch.int64", "torch.complex64", "another device", "nan", "'text'")
+MUST = ("no tensor", "a list", "sparse", "another device", "nan", "'text'", *(str(dtype) for dtype in OTHERS[:3]))
 
 
 def said_of(function: Callable[..., Any], inputs: dict[str, Any]) -> str:

@@ -129,6 +129,19 @@ def test_autocast(op, backward_inside, device):
 
 
 @on_devices
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_autocast_leaves_float64_and_integers(op, device):
+    inputs = checks.widened(checks.smallest(op).inputs(device=device))
+    plain = checks.results(op, inputs)
+    with torch.autocast(device, torch.bfloat16):
+        assert_equal(checks.results(op, inputs), plain)
+        for name, value in inputs.items():
+            if checks.numbers(name, value) and value.dim():
+                with pytest.raises(TypeError, match=f"{name}(:| has)"):
+                    op.function(**inputs | {name: value.to(torch.int8)})
+
+
+@on_devices
 @pytest.mark.parametrize("constant", [False, True])  # the incoming gradient, as a penalty on y.sum() has it
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_raise(op, constant, device):
