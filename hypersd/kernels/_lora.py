@@ -209,6 +209,7 @@ def on_host(scale: float, scale_tensor: Tensor | None) -> tuple[float, Tensor | 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Saves x, S where kept, W and the adapter; `ctx.rest` is stride and padding, or nothing."""
     x, weight, _, a, b, ctx.scale, scale_tensor, *ctx.rest, _ = inputs
+    ctx.made_by = _op.asked_for()
     ctx.save_for_backward(x, output[1], weight, a, b, scale_tensor)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -222,6 +223,8 @@ def backward_by(op: Op) -> Callable[..., tuple[Tensor | None, ...]]:
         if dy is None:
             return (None,) * 5 + none
         x, s, weight, a, b, scale_tensor = ctx.saved_tensors
+        if ctx.made_by != _op.asked_for():  # whether S carries the scale is each implementation's own
+            s = s.new_empty(0)
         need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
         dx, da, db = op.run(dy, x, s, weight, a, b, ctx.scale, scale_tensor, *ctx.rest, need_x, need_a or need_b)
         return (dx if need_x else None, None, None, da if need_a else None, db if need_b else None, *none)

@@ -150,6 +150,20 @@ def test_backward_of_a_lora_layer_is_three_launches(rows, monkeypatch):
         assert float((found.double() - truth).norm() / truth.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("ways", [("triton", "auto"), ("auto", "triton")], ids=str)
+def test_backward_may_run_under_another_implementation(ways):
+    """What forward keeps for backward differs between them by the scale."""
+    inputs = checks.smallest(OPS["lora_linear"]).inputs() | {"scale": 0.25}
+    found = []
+    for forward, backward in (ways, ("reference", "reference")):
+        leaves = list(checks.leaves_of(OPS["lora_linear"], inputs).values())
+        with use(forward):
+            outs = checks.results(OPS["lora_linear"], inputs)
+        with use(backward):
+            found.append(torch.autograd.grad(list(outs.values()), leaves, checks.upstreams(outs)))
+    torch.testing.assert_close(*found)
+
+
 class Calls(TorchDispatchMode):
     """The names of ATen's operators that are called."""
 
