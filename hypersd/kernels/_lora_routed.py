@@ -63,14 +63,22 @@ def backward(
         dx.view(x.shape[0], tokens, k).baddbmm_(ds, own_a)
         dx = dx.view(x.shape)
     if need_adapter:
-        valid, index = known(slots, a.shape[0])
-        # a product with the table of who uses what: a sum in one order, where index_add has none on a GPU
-        users = ((index[None, :] == torch.arange(a.shape[0], device=x.device)[:, None]) & valid).to(x.dtype)
         rows = x.reshape(x.shape[0], tokens, k)
         s = s.view(x.shape[0], tokens, a.shape[1]) if s.dim() == 2 else torch.bmm(rows, own_a.mT)
-        da = (users @ torch.bmm(ds.mT, rows).flatten(1)).view(a.shape)
-        db = (users @ torch.bmm(samples.mT, s * factor).flatten(1)).view(b.shape)
+        da = _by_slot(torch.bmm(ds.mT, rows), slots, a)
+        db = _by_slot(torch.bmm(samples.mT, s * factor), slots, b)
     return dx, da, db
+
+
+def _by_slot(terms: Tensor, slots: Tensor, like: Tensor) -> Tensor:
+    """The sum of each slot's terms, in one order (index_add has none on a GPU), whatever the other slots' are: 0 times
+    a sample that overflowed is nan."""
+    out = like.new_empty(like.shape)
+    for slot in range(like.shape[0]):
+        own = slots == slot
+        chosen = terms[own] if terms.device.type == "cpu" else torch.where(own[:, None, None], terms, 0.0)
+        out[slot] = chosen.sum(0)
+    return out
 
 
 def _own(a: Tensor, b: Tensor, slots: Tensor, scales: Tensor, runs: Runs | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,6 +76,20 @@ def test_minus_one_and_scale_zero_are_the_base_layer(name):
         torch.testing.assert_close(lora_linear_routed(**p), F.linear(p["x"], p["weight"], p["bias"]))
 
 
+@pytest.mark.parametrize("tokens", [3, 600])  # as one batch of products, and slot by slot
+def test_a_sample_that_overflows_spoils_its_own_adapter_alone(tokens):
+    p = problem((0, 1, 0, 2), tokens)
+    plain, spoilt = p | {"slots": torch.tensor((0, -1, 0, 2))}, p | {"x": p["x"].clone()}
+    spoilt["x"][1] = float("inf")
+    grads = []
+    for given in (plain, spoilt):
+        leaves = [given[name].requires_grad_() for name in "ab"]
+        grads.append(torch.autograd.grad(lora_linear_routed(**given).sum(), leaves))
+    for expected, found in zip(*grads, strict=True):
+        assert not found[1].isfinite().all()
+        torch.testing.assert_close(found[::2], expected[::2], rtol=1e-12, atol=1e-12)
+
+
 def test_a_smaller_rank_is_padded_with_zeros():
     p = problem((0, 1, 2))
     p["a"][1, 2:], p["b"][1, :, 2:] = 0, 0
