@@ -234,6 +234,10 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     twice = f"{name}: trying to differentiate twice what is differentiable once; use('reference') is at any order"
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
+        device = next((grad.device.type for grad in grads if grad is not None), "meta")
+        if device != "meta" and torch.is_autocast_enabled(device):  # the dtypes of backward are those of its forward
+            with torch.autocast(device, enabled=False):
+                return run_backward(ctx, *grads)
         if not _is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():

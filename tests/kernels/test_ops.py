@@ -108,17 +108,17 @@ def test_gradcheck(op, case, device):
 
 
 @on_devices
-@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize(("forward_inside", "backward_inside"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_autocast(op, backward_inside, device):
+def test_autocast(op, forward_inside, backward_inside, device):
     """The dtypes of the definition, gradients in those of their leaves, and numbers that are right to 16 bits."""
     inputs = checks.smallest(op).inputs(torch.float32, device)
     with use("reference"):
         truth = checks.evaluate(op, checks.widened(inputs))
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=forward_inside):
             plain = checks.results(op, inputs)
     leaves = checks.leaves_of(op, inputs)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=forward_inside):
         found = checks.results(op, inputs)
     with torch.autocast(device, torch.bfloat16, enabled=backward_inside):
         grads = torch.autograd.grad(list(found.values()), list(leaves.values()), checks.upstreams(found))
