@@ -23,7 +23,7 @@ from hypersd.kernels._tune import Config, Program, interpreted, triton_missing
 LIBRARY = torch.library.Library("hypersd", "FRAGMENT")
 OPS: dict[str, Op] = {}
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
-_forced = "auto"
+_uses: list[_Use] = []  # the blocks of `use` that are open, by when they were entered
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled  # looked up once: each call counts
 _is_transforming = torch._C._are_functorch_transforms_active
 
@@ -128,9 +128,9 @@ class Op:
         if _is_transforming() or forward_ad._current_level >= 0:
             return self._reference(*args)
         if _is_compiling():
-            return self._reference(*args) if _forced == "reference" else self._take(self.compiled(*args))
-        if _forced != "auto":
-            return self._run_forced(*args)
+            return self._reference(*args) if asked_for() == "reference" else self._take(self.compiled(*args))
+        if _uses and (forced := asked_for()) != "auto":
+            return self._run_forced(forced, *args)
         try:
             if _is_grad_enabled():
                 for index in self._leaves:
@@ -149,27 +149,26 @@ class Op:
         self.check(*args)
         return self.reference(*args)
 
-    def _run_forced(self, *args: Any) -> Any:
-        if _forced == "reference":
+    def _run_forced(self, forced: str, *args: Any) -> Any:
+        if forced == "reference":
             return self._reference(*args)
         self.check(*args)
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        reason = self.unavailable(_forced, device)
+        reason = self.unavailable(forced, device)
         if reason:
-            raise RuntimeError(f"use({_forced!r}): {self.name} cannot run so on {device}: {reason}")
+            raise RuntimeError(f"use({forced!r}): {self.name} cannot run so on {device}: {reason}")
         if self.backward and _is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._node.apply(*args)
         return self._take(self.run(*args))
 
     def run(self, *args: Any) -> Any:
         """The kernel below autograd, honouring `use`. Backward functions call their helper ops through this."""
-        if _forced == "auto":
-            return self.raw(*args)
-        if _forced == "triton" and self.triton:
+        forced = asked_for()
+        if forced == "triton" and self.triton:
             return self.triton(*args)
-        if _forced == "cuda" and self.cuda:
+        if forced == "cuda" and self.cuda:
             return self.cuda(*args)
-        return self.fallback(*args) if _forced == "reference" else self.raw(*args)  # type: ignore[misc]
+        return self.fallback(*args) if forced == "reference" else self.raw(*args)  # type: ignore[misc]
 
     def unavailable(self, implementation: str, device: torch.device) -> str:
         """Why `implementation` cannot run on `device`; empty when it can."""
@@ -192,13 +191,14 @@ class Op:
 
     def is_elsewhere(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the public function is to call torch's own operator: `elsewhere` says so, `use` does not object."""
-        return _forced == "auto" and self.elsewhere is not None and bool(self.elsewhere(*args, **kwargs))
+        return asked_for() == "auto" and self.elsewhere is not None and bool(self.elsewhere(*args, **kwargs))
 
     def choose(self, device: torch.device) -> tuple[str, str]:
         """(implementation, why) that a call on `device` takes now."""
-        if _forced != "auto":
-            reason = self.unavailable(_forced, device)
-            return _forced, f"asked for by use({_forced!r})" + (f", but it cannot run: {reason}" if reason else "")
+        forced = asked_for()
+        if forced != "auto":
+            reason = self.unavailable(forced, device)
+            return forced, f"asked for by use({forced!r})" + (f", but it cannot run: {reason}" if reason else "")
         wanted = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
         if wanted == "triton" and self.cuda and (triton_missing() or not self.triton):
             wanted = "cuda"
@@ -267,26 +267,36 @@ def _make_node(op: Op, run_backward: Callable[..., Any]) -> type[torch.autograd.
     return Node
 
 
+class _Use:
+    """One open block of `use`, equal to itself alone."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation inside the block, process-wide; for debugging and comparison.
 
     "reference" is the plain torch definition; "cpp", "triton" and "cuda" raise RuntimeError at the call when the op
-    cannot run so; "auto" is the default. Raises ValueError for another name.
+    cannot run so; "auto" is the default. Of blocks that threads hold open at once the one entered last counts. What
+    torch.compile traces and what runs under torch.func or forward-mode AD heeds "reference" alone. Raises ValueError
+    for another name.
     """
-    global _forced
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS}")
-    before, _forced = _forced, implementation
+    own = _Use(implementation)
+    _uses.append(own)
     try:
         yield
     finally:
-        _forced = before
+        _uses.remove(own)
 
 
 def asked_for() -> str:
     """The implementation that `use` forces here, or "auto"."""
-    return _forced
+    last = _uses[-1:]  # at once: another thread may leave its block
+    return last[0].implementation if last else "auto"
 
 
 @dataclass(frozen=True)

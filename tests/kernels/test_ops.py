@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypersd.kernels import _native, explain, use
-from hypersd.kernels._op import OPS, Case, Op
+from hypersd.kernels._op import OPS, Case, Op, asked_for
 from tests.kernels import checks
 
 HALF = (torch.bfloat16, torch.float16)
@@ -447,6 +447,34 @@ def test_use_says_what_cannot_run():
         op.function(**inputs)
     with pytest.raises(TypeError, match="print"):
         explain(print)
+
+
+def test_the_last_open_block_of_use_counts():
+    """Blocks of several threads close in any order; what one opened ends with it."""
+    blocks = {name: use(name) for name in ("reference", "cpp", "triton")}
+    for name, block in blocks.items():
+        block.__enter__()
+        assert asked_for() == name
+    for name, then in (("cpp", "triton"), ("triton", "reference"), ("reference", "auto")):
+        blocks[name].__exit__(None, None, None)
+        assert asked_for() == then
+
+
+def test_compiled_code_heeds_the_reference_in_any_block_of_use():
+    x = OPS["geglu"].cases[0].inputs()["x"]
+    graphs: list[str] = []
+
+    def listing(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(str(module.graph))
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS["geglu"].function, fullgraph=True, backend=listing)
+    compiled(x)
+    for _ in range(10):  # one compilation for all
+        with use("reference"):
+            compiled(x)
+    assert ["hypersd.geglu" in graph for graph in graphs] == [True, False]
 
 
 # ------------------------------------------------------------------------------- the suite must catch a wrong kernel
