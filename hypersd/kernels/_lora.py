@@ -203,7 +203,7 @@ def on_host(scale: float, scale_tensor: Tensor | None) -> tuple[float, Tensor | 
     """The scale as a float alone where reading it waits for nothing."""
     if scale_tensor is None or scale_tensor.device.type != "cpu":
         return scale, scale_tensor
-    return scale * float(scale_tensor), None
+    return scale * check_real("scale", scale_tensor), None
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

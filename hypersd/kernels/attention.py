@@ -224,9 +224,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     TypeError for a dtype, ValueError for a shape or a device that does not fit, naming the argument.
     """
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() != 4 or k.dim() != 4:
-        _check(q, k, v, 1.0)
+        _check(q, k, v, scale)
     q, k, v = autocast(q, k, v)
     if OP.is_elsewhere(q, k, v):
-        _check(q, k, v, 1.0)
+        _check(q, k, v, scale)
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return OP(q, k, v, scale)

@@ -39,7 +39,7 @@ def _case(
             "weight": draw(n, k, kernel, kernel, std=fan_in**-0.5).contiguous(memory_format=layout),
             "bias": draw(n) if bias else None,
             "a": draw(r, k, kernel, kernel, std=fan_in**-0.5),
-            "b": draw(n, r, 1, 1, std=0.1 * r**-0.5),
+            "b": draw(n, r, 1, 1, std=0.1 * max(r, 1) ** -0.5),
             "scale": 0.75,
             "stride": stride,
             "padding": kernel // 2,
@@ -53,6 +53,7 @@ CASES = (
     _case("odd", 3, 5, 7, 9, 3, 2, bias=False, bench=False),
     _case("odd_last", 2, 6, 5, 7, 3, 3, stride=2, channels_last=True, bench=False),
     _case("rank_1", 1, 4, 8, 5, 1, 1, bench=False),
+    _case("rank_0", 2, 4, 8, 5, 3, 0, bench=False),
     _case("no_samples", 0, 4, 8, 5, 3, 2, bench=False),
 )
 
@@ -68,7 +69,7 @@ def cost(
     padding: int | tuple[int, int] = 0,
 ) -> Cost:
     """The least of the forms: arithmetic of the cheapest, each tensor moved once."""
-    m, k, n, r = _sizes(x, weight, a, _pair("stride", stride), _pair("padding", padding))
+    m, k, n, r = _sizes(x, weight, a, _pair("stride", stride, 1), _pair("padding", padding, 0))
     moved = x.numel() + m * n + n * k + a.numel() + b.numel()
     return Cost(2 * m * n * k + 2 * r * min(m * (k + n), n * k), moved * x.element_size(), 2)
 
@@ -88,15 +89,22 @@ def reference(
     """The definition, as written."""
     factor = scale if scale_tensor is None else scale * scale_tensor
     base = F.conv2d(x, weight, bias, stride, padding)
+    if not a.shape[0]:  # torch's convolution wants a channel; the sums of nothing carry gradients of nothing
+        return base + a.sum() + b.sum()
     return base + F.conv2d(F.conv2d(x, a, None, stride, padding), b) * factor
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> list[int]:
-    if isinstance(value, int):
-        return [value, value]
-    if not isinstance(value, (tuple, list)):
+def _pair(name: str, value: int | tuple[int, int], low: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or not all(isinstance(number, (int, torch.SymInt)) for number in pair):
         raise TypeError(f"{name}: got {value!r}, expected one or two integers")
-    return list(value)
+    _check_pair(name, pair, low)
+    return list(pair)
+
+
+def _check_pair(name: str, pair: tuple[int, ...] | list[int], low: int) -> None:
+    if len(pair) != 2 or min(pair) < low:
+        raise ValueError(f"lora_conv2d: {name} is {list(pair)}, expected one or two integers of at least {low}")
 
 
 def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
@@ -185,6 +193,8 @@ def adapter_grad_form(
 
 
 def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], *needs: bool) -> _lora.Plan:
+    if not a.shape[0]:
+        return _lora.Plan("fold", "fold", "full", "no adapter")
     # oneDNN's fp32 weight gradient of a 3x3 kernel with x in (B, C, H, W) order is up to four times too inexact for dB
     full = x.dtype in _lora.SIXTEEN_BIT or weight[0, 0].numel() == 1 or _lora_rows.is_last(x)
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a)
@@ -192,7 +202,7 @@ def _plan(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list
 
 
 def _form(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int], keep: bool) -> str:
-    if keep:
+    if keep or not a.shape[0]:
         return _plan(x, weight, a, stride, padding).forward
     sizes, native = _sizes(x, weight, a, stride, padding), _lora_rows.takes(x, weight, a, backward=False)
     return _lora.forward_form("lora_conv2d", *sizes, x.dtype, _lora.kind(x.device), False, native)
@@ -276,10 +286,8 @@ def _check(
         raise ValueError(f"lora_conv2d: a has shape {tuple(a.shape)}, expected (r, {k}, {height}, {width})")
     if tuple(b.shape) != (n, a.shape[0], 1, 1):
         raise ValueError(f"lora_conv2d: b has shape {tuple(b.shape)}, expected ({n}, {a.shape[0]}, 1, 1)")
-    if len(stride) != 2 or min(stride) < 1:
-        raise ValueError(f"lora_conv2d: stride is {list(stride)}, expected one or two positive integers")
-    if len(padding) != 2 or min(padding) < 0:
-        raise ValueError(f"lora_conv2d: padding is {list(padding)}, expected one or two integers, none negative")
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
     if min(_out_shape(x, weight, stride, padding)[2:]) < 1:
         reach = [size - 2 * pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
         raise ValueError(f"lora_conv2d: x has shape {tuple(x.shape)}, expected images of at least {tuple(reach)}")
@@ -311,7 +319,7 @@ def _public_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
     stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
 ) -> _lora.Plan:  # fmt: skip
-    pairs = _pair("stride", stride), _pair("padding", padding)
+    pairs = _pair("stride", stride, 1), _pair("padding", padding, 0)
     keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
     return _plan(x, weight, a, *pairs)._replace(forward=_form(x, weight, a, *pairs, keep))
 
@@ -368,13 +376,13 @@ def lora_conv2d(
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
     x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
-    pairs = _pair("stride", stride), _pair("padding", padding)
+    pairs = _pair("stride", stride, 1), _pair("padding", padding, 0)
     keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
     return OP(x, weight, bias, a, b, factor, scale_tensor, *pairs, keep)
 
 
 def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> bool:
     """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
-    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or min(stride) < 1:
+    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4:
         return False  # the check has a word for it
     return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad != "full"

@@ -142,6 +142,12 @@ def test_splits_cover_every_query_once(tq, heads):
     assert chunk % 64 == 0 and (splits - 1) * chunk < tq <= splits * chunk
 
 
+@pytest.mark.parametrize("keys", [7, 1100])  # the latter are torch's where there is a tile unit
+def test_scale_is_checked_whoever_computes(keys):
+    with pytest.raises(ValueError, match="attention: scale: got nan"):
+        attention(**inputs(1, 1, 3, keys), scale=float("nan"))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypersd.kernels import _lora, _lora_rows, lora_conv2d, lora_linear, use
+from hypersd.kernels import _lora, _lora_rows, explain, lora_conv2d, lora_linear, use
 
 LAST = torch.channels_last
 
@@ -195,9 +195,33 @@ def test_the_frozen_weight_gets_no_gradient():
         ({"b": torch.zeros(8, 3, dtype=torch.float64)}, ValueError, "b has shape"),
         ({"bias": torch.zeros(8)}, TypeError, "bias has dtype"),
         ({"stride": 0}, ValueError, "stride is"),
+        ({"stride": (1,)}, ValueError, "stride is"),
+        ({"stride": ()}, ValueError, "stride is"),
+        ({"padding": (1, 1, 1)}, ValueError, "padding is"),
         ({"padding": -1}, ValueError, "padding is"),
     ],
 )
-def test_what_does_not_fit_is_named(change, error, word):
+@pytest.mark.parametrize("train", [False, True])
+def test_what_does_not_fit_is_named(change, error, word, train):
+    inputs = layer() | {"scale": 0.7, "stride": 1, "padding": 1}
+    inputs["a"].requires_grad_(train)
     with pytest.raises(error, match=f"lora_conv2d: {word}"):
-        lora_conv2d(**layer() | {"scale": 0.7, "stride": 1, "padding": 1} | change)
+        lora_conv2d(**inputs | change)
+    if word in ("stride is", "padding is"):
+        with pytest.raises(error, match=f"lora_conv2d: {word}"):
+            explain(lora_conv2d, **inputs | change)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_rank_zero_is_the_base_layer(implementation):
+    inputs = layer()
+    inputs |= {"a": inputs["a"][:0], "b": inputs["b"][:, :0]}
+    with use(implementation):
+        _, dx, da, db = gradients(inputs, 1)
+        y = lora_conv2d(**inputs, scale=0.7, padding=1)
+    x = inputs["x"].requires_grad_()
+    base = torch.conv2d(x, inputs["weight"], inputs["bias"], 1, 1)
+    (expected,) = torch.autograd.grad(base, x, torch.cos(torch.arange(base.numel()).to(base)).view_as(base))
+    torch.testing.assert_close((y, dx), (base.detach(), expected), rtol=1e-12, atol=1e-13)
+    assert (da.shape, db.shape) == (inputs["a"].shape, inputs["b"].shape)

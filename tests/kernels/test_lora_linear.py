@@ -264,6 +264,12 @@ def test_what_does_not_fit_is_named(change, error, word, train):
         lora_linear(**inputs | change)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), torch.tensor(float("inf"))], ids=str)
+def test_a_scale_that_the_host_sees_is_finite(scale):
+    with pytest.raises(ValueError, match="scale: got"):
+        lora_linear(**layer(3), scale=scale)
+
+
 def test_plan_takes_the_cheapest_measured_form(monkeypatch):
     us = {"split": 5, "accumulate": 6, "fold": 4, "shrink": 2, "dx_split": 3, "dx_accumulate": 2, "dx_fold": 4,
           "ds": 1, "thin": 1, "full": 5}  # fmt: skip
