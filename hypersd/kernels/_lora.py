@@ -316,7 +316,7 @@ def arguments(
             raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point one of 16 to 64 bits")
     x, weight, bias = autocast(x, weight, bias)
     if a.dtype != x.dtype or b.dtype != x.dtype:
-        ours = _op.asked_for() == "auto" and not torch.compiler.is_compiling()
+        ours = _op.asked_for() in ("auto", "cpp") and not torch.compiler.is_compiling()
         if not (ours and mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
             a, b = a.to(x.dtype), b.to(x.dtype)
     if isinstance(scale, Tensor):

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from hypersd.kernels import _native
 from hypersd.kernels._cost import Cost, ceiling
+from hypersd.kernels._rows import autocast
 from hypersd.kernels._tune import Config, Program, interpreted, triton_missing
 
 LIBRARY = torch.library.Library("hypersd", "FRAGMENT")
@@ -52,8 +53,9 @@ class Op:
     runs where no kernel is (default: the reference); it differs when the op also returns what backward needs.
     `backward(ctx, *grads)` returns a gradient or None per argument; `setup_context(ctx, inputs, output)` saves for it.
     `plan` says which ATen products the fallback composes for the public function's keywords; `native` whether it calls
-    a C++ kernel among them; `aten` why they run instead of the Triton kernels (empty: they do not); `elsewhere` why the
-    public function calls torch's own operator for them instead of this one (empty: it does not).
+    a C++ kernel among them; `aten` why ATen runs instead of the GPU kernels (empty: it does not); `elsewhere` why the
+    public function calls torch's own operator for them instead of this one (empty: it does not). `autocast` names the
+    arguments that the public function casts inside torch.autocast.
     An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
     """
@@ -74,6 +76,7 @@ class Op:
     cases: tuple[Case, ...] = ()
     cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
+    autocast: tuple[str, ...] = ()
     plan: Callable[..., object] | None = None
     native: Callable[..., bool] | None = None
     aten: Callable[..., str] | None = None
@@ -154,12 +157,18 @@ class Op:
             return self._reference(*args)
         self.check(*args)
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        reason = self.unavailable(forced, device)
+        reason = self.unavailable(forced, device, self._named(args))
         if reason:
             raise RuntimeError(f"use({forced!r}): {self.name} cannot run so on {device}: {reason}")
         if self.backward and _is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._node.apply(*args)
         return self._take(self.run(*args))
+
+    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """The keywords of the public function among the schema's arguments."""
+        names = (argument.name for argument in self.compiled._schema.arguments)
+        known = inspect.signature(self.function).parameters
+        return {name: value for name, value in zip(names, args, strict=True) if name in known}
 
     def run(self, *args: Any) -> Any:
         """The kernel below autograd, honouring `use`. Backward functions call their helper ops through this."""
@@ -170,16 +179,19 @@ class Op:
             return self.cuda(*args)
         return self.fallback(*args) if forced == "reference" else self.raw(*args)  # type: ignore[misc]
 
-    def unavailable(self, implementation: str, device: torch.device) -> str:
-        """Why `implementation` cannot run on `device`; empty when it can."""
+    def unavailable(self, implementation: str, device: torch.device, inputs: Mapping[str, Any] | None = None) -> str:
+        """Why `implementation` cannot run on `device` (the public function's keywords being `inputs`); or nothing."""
         if implementation == "reference":
             return ""
         if implementation == "cpp":
-            if not self.cpp:
+            if not self.cpp and not (self.native and inputs):
                 return "it has no C++ kernel"
             if device.type != "cpu":
                 return "C++ kernels run on the CPU"
-            return "" if _native.available() else _native.status()
+            if not _native.available():
+                return _native.status()
+            chosen = self.cpp or (self.native and inputs and self.native(**inputs))
+            return "" if chosen else "the C++ kernel does not take this layer, or costs more"
         if implementation == "triton" and self.triton:
             if triton_missing():
                 return triton_missing()
@@ -193,21 +205,27 @@ class Op:
         """Whether the public function is to call torch's own operator: `elsewhere` says so, `use` does not object."""
         return asked_for() == "auto" and self.elsewhere is not None and bool(self.elsewhere(*args, **kwargs))
 
-    def choose(self, device: torch.device) -> tuple[str, str]:
-        """(implementation, why) that a call on `device` takes now."""
+    def choose(self, device: torch.device, inputs: Mapping[str, Any] | None = None) -> tuple[str, str]:
+        """(implementation, why) that a call on `device` takes now, the public function's keywords being `inputs`."""
         forced = asked_for()
         if forced != "auto":
-            reason = self.unavailable(forced, device)
+            reason = self.unavailable(forced, device, inputs)
             return forced, f"asked for by use({forced!r})" + (f", but it cannot run: {reason}" if reason else "")
         wanted = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
         if wanted == "triton" and self.cuda and (triton_missing() or not self.triton):
             wanted = "cuda"
         if wanted is None:
             return "reference", f"no kernel for device type {device.type}"
-        reason = self.unavailable(wanted, device)
+        reason = self.unavailable(wanted, device, inputs)
         if reason and self.plan:
             return "aten", f"products of ATen, their order chosen by cost; {reason}"
-        return ("reference", reason) if reason else (wanted, f"the kernel for {device.type} tensors")
+        if reason:
+            return "reference", reason
+        least = wanted == "cpp" and self.native
+        return (
+            wanted,
+            "the form that costs least; backward as listed" if least else f"the kernel for {device.type} tensors",
+        )
 
     def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator of the one public function: puts the op into the registry."""
@@ -333,13 +351,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise TypeError(f"function: got {function!r}, expected a public function of hypersd.kernels: {sorted(OPS)}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    inputs: Mapping[str, Any] = bound.arguments
+    inputs: dict[str, Any] = bound.arguments
+    if op.autocast:
+        inputs = inputs | dict(zip(op.autocast, autocast(*(inputs[name] for name in op.autocast)), strict=True))
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
-    implementation, why = op.choose(first.device)
-    if implementation == "triton" and op.aten and op.aten(**inputs):
+    implementation, why = op.choose(first.device, inputs)
+    runs = implementation in ("triton", "cuda") and not op.unavailable(implementation, first.device)
+    if runs and op.aten and op.aten(**inputs):
         implementation, why = "aten", op.aten(**inputs)
-    if implementation == "aten" and op.native and op.native(**inputs):
-        implementation, why = "cpp", "the form that costs least; backward as listed"
     if op.is_elsewhere(**inputs):
         implementation, why = "torch", op.elsewhere(**inputs)  # type: ignore[misc]
     cost = op.cost(**inputs) if op.cost else None

@@ -6,6 +6,7 @@ The Python twin of csrc/cpu/rows.h: argument checks for every implementation, me
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -90,6 +91,16 @@ def autocast(first: Tensor, *others: Any) -> tuple[Any, ...]:
 def work_dtype(*tensors: Tensor | None) -> torch.dtype:
     """What to compute in: float64 if any tensor is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def aten_in_float64(*names: str) -> Callable[..., str]:
+    """An op's `aten`: its kernels compute in float32, and leave inputs to ATen where one of `names` is float64."""
+
+    def aten(**inputs: Any) -> str:
+        wide = work_dtype(*(inputs[name] for name in names)) == torch.float64
+        return "the kernels compute in float32, not float64" if wide else ""
+
+    return aten
 
 
 def per_row(values: Tensor, like: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -266,6 +266,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=_config,
+    aten=_rows.aten_in_float64("param", "grad"),
     programs=_programs,
 )
 

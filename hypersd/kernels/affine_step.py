@@ -277,6 +277,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=_config,
+    aten=_rows.aten_in_float64(*NAMES),
     programs=_programs,
 )
 

@@ -155,6 +155,11 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return *BACKWARD.run(dout, *ctx.saved_tensors, ctx.scale), None
 
 
+def _aten(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
+    """Why ATen's products compute this where Triton is asked for; empty: the kernels do."""
+    return "" if _attention.runs(q, k) else "the kernels take what fits one tile, in float32 at most"
+
+
 def elsewhere(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
     """Why torch's scaled_dot_product_attention is the one to compute this; empty where this op is."""
     keys, kind = k.shape[2], q.device.type
@@ -201,6 +206,8 @@ OP = Op(
     cost=cost,
     config=lambda q, k, v, scale=None: _attention.config_of(q, k),
     plan=lambda **inputs: "scores, softmax, product",
+    autocast=("q", "k", "v"),
+    aten=_aten,
     elsewhere=elsewhere,
     programs=_attention.programs,
 )

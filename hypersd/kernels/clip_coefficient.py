@@ -138,6 +138,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=lambda grad, max_norm: Config({"BLOCK": CHUNK}, 8),
+    aten=_rows.aten_in_float64("grad"),
     programs=_programs,
 )
 

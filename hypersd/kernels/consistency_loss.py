@@ -453,6 +453,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=_config,
+    aten=_rows.aten_in_float64("eps_student", "x_t", "eps_target", "x_s"),
     programs=_programs,
 )
 

@@ -201,6 +201,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=_config,
+    aten=_rows.aten_in_float64("x"),
     programs=_programs,
 )
 

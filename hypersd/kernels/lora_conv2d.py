@@ -347,6 +347,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     plan=_public_plan,
+    autocast=("x", "weight", "bias"),
     native=lambda **inputs: _public_plan(**inputs).forward in _lora.NATIVE,
 )
 

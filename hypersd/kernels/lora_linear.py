@@ -309,6 +309,7 @@ OP = Op(
     cost=cost,
     config=_triton_config,
     plan=_public_plan,
+    autocast=("x", "weight", "bias"),
     aten=_aten,
     native=lambda **inputs: _public_plan(**inputs).forward in _lora.NATIVE,
     programs=_lora_gemm.programs,

@@ -23,7 +23,7 @@ from hypersd.kernels._cost import Cost
 from hypersd.kernels._lora_gemm import _add_outer, _add_product, _put, widen
 from hypersd.kernels._lora_gemm import config as linear_config
 from hypersd.kernels._op import Case, Op
-from hypersd.kernels._rows import check_numbers, check_strided, on_device
+from hypersd.kernels._rows import aten_in_float64, check_numbers, check_strided, on_device
 from hypersd.kernels._tune import Config, Program, jit, tl, triton
 
 
@@ -395,6 +395,8 @@ OP = Op(
     cost=cost,
     config=_triton_config,
     plan=_plan,
+    autocast=("x", "weight", "bias"),
+    aten=aten_in_float64("x"),
     programs=programs,
 )
 

@@ -186,6 +186,7 @@ OP = Op(
     cases=CASES,
     cost=cost,
     config=_config,
+    aten=_rows.aten_in_float64("x", "x_real", "x_fake"),
     programs=_programs,
 )
 

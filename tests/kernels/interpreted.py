@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from hypersd.kernels import _lora_gemm, _tune, use
+from hypersd.kernels import _lora_gemm, _tune, explain, use
 from hypersd.kernels._op import OPS
 from hypersd.kernels._tune import jit, tl
 from tests.kernels import checks, guards
@@ -148,6 +148,15 @@ def test_backward_of_a_lora_layer_is_three_launches(rows, monkeypatch):
     exact = (wide["dy"] @ wide["w"] + ds @ wide["a"], ds.t() @ wide["x"], 0.5 * wide["dy"].t() @ wide["s"])
     for found, truth in zip((dx, da, db), exact, strict=True):
         assert float((found.double() - truth).norm() / truth.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_explain_says_what_is_left_to_aten(op):
+    """The kernels compute in float32; float64 is not theirs."""
+    with use("triton"):
+        inputs = checks.smallest(op).inputs()
+        assert explain(op.function, **inputs).implementation == "triton"
+        assert explain(op.function, **checks.widened(inputs)).implementation == "aten"
 
 
 @pytest.mark.parametrize("ways", [("triton", "auto"), ("auto", "triton")], ids=str)

@@ -349,6 +349,31 @@ def test_16_bit_rules(sizes):
     assert _lora.plan("lora_linear", *sizes, torch.float16, "cpu").adapter_grad == "thin"
 
 
+def test_use_cpp_runs_what_auto_runs_in_cpp(monkeypatch):
+    inputs = layer(64, k=64, n=64, r=8, dtype=torch.float32) | {"scale": 0.7}
+    if not _lora_rows.takes(inputs["x"], inputs["weight"], inputs["a"]):
+        pytest.skip("this CPU has no such kernel")
+    monkeypatch.setattr(_lora, "forward_form", lambda *args: "rows")
+    y = lora_linear(**inputs)
+    with use("cpp"):
+        assert explain(lora_linear, **inputs).why == "asked for by use('cpp')"
+        assert torch.equal(lora_linear(**inputs), y)
+        with pytest.raises(RuntimeError, match="does not take this layer, or costs more"):
+            monkeypatch.setattr(_lora, "forward_form", lambda *args: "split")
+            lora_linear(**inputs)
+        assert "it cannot run: the C++ kernel" in explain(lora_linear, **inputs).why
+    assert explain(lora_linear, **inputs).implementation == "aten"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_explain_inside_autocast_is_of_what_is_computed(dtype):
+    inputs = layer(64, k=320, n=320, r=64, dtype=dtype) | {"scale": 0.7}
+    cast = {name: t.bfloat16() if isinstance(t, Tensor) and dtype == torch.float32 else t for name, t in inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        said = explain(lora_linear, **inputs)
+    assert str(said) == str(explain(lora_linear, **cast))
+
+
 def test_explain_shows_the_forms(monkeypatch):
     case = next(c for c in op_file.CASES if c.name == "sd15_4096x320x320").inputs()
     monkeypatch.setattr(_lora_rows, "fits", lambda *args: False)
