@@ -221,11 +221,9 @@ class Op:
             return "aten", f"products of ATen, their order chosen by cost; {reason}"
         if reason:
             return "reference", reason
-        least = wanted == "cpp" and self.native
-        return (
-            wanted,
-            "the form that costs least; backward as listed" if least else f"the kernel for {device.type} tensors",
-        )
+        if self.native and wanted == "cpp":
+            return wanted, "the form that costs least; backward as listed"
+        return wanted, f"the kernel for {device.type} tensors"
 
     def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator of the one public function: puts the op into the registry."""
