@@ -259,7 +259,7 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             found = backward(ctx, *grads)
         marked = torch._C._functions.DelayedError(twice, len(found))
-        return marked(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+        return marked(*(None if grad is None else grad.detach().requires_grad_() for grad in found))  # type: ignore[arg-type]
 
     return run_backward
 
