@@ -50,16 +50,6 @@ HYPERSD_INLINE void rho_and_slope(int64_t kind, C c, C p1, const C* HYPERSD_REST
       }
       break;
     case pseudo_huber:
-      if (const C least = std::numeric_limits<C>::min(); c * c * c < least || c * c * c > 1 / least) {
-        // what the form below multiplies would leave the type
-        for (int64_t i = 0; i < count; ++i) {
-          const C size = d[i] < 0 ? -d[i] : d[i], most = size > c ? size : c, ratio = (size > c ? c : size) / most;
-          const C root = most * std::sqrt(1 + ratio * ratio);
-          rho[i] = size * (size / (root + c));
-          if (Slope) slope[i] = p1 * (d[i] / root);
-        }
-        break;
-      }
       // sqrt(d^2 + c^2) - c = d^2 / (root + c), which does not cancel for small d. With a slope, one division serves
       // both: 1 / (root (root + c)).
       for (int64_t i = 0; i < count; ++i) {

@@ -88,13 +88,8 @@ def _rho(d: Tensor, kind: int, c: float) -> Tensor:
     if kind == KINDS["huber"]:
         return torch.where(d.abs() <= c, 0.5 * d * d, c * (d.abs() - 0.5 * c))
     if kind == KINDS["pseudo_huber"]:
-        return d * d / (_root(d, c) + c)  # = sqrt(d^2 + c^2) - c, without its cancellation
+        return d * d / (torch.sqrt(d * d + c * c) + c)  # = sqrt(d^2 + c^2) - c, without its cancellation
     return d * _slope(d, kind, c).detach()  # |d|, whose own gradient makes nan a 0
-
-
-def _root(d: Tensor, c: float) -> Tensor:
-    """sqrt(d^2 + c^2), also where c^2 leaves the type."""
-    return torch.hypot(d, d.new_full((), c))
 
 
 def _slope(d: Tensor, kind: int, c: float) -> Tensor:
@@ -103,7 +98,7 @@ def _slope(d: Tensor, kind: int, c: float) -> Tensor:
         return 2 * d
     if kind == KINDS["huber"]:
         return d.clamp(-c, c)
-    return d / _root(d, c) if kind == KINDS["pseudo_huber"] else d.sign().where(d == d, d)
+    return d / torch.sqrt(d * d + c * c) if kind == KINDS["pseudo_huber"] else d.sign().where(d == d, d)
 
 
 def reference(
