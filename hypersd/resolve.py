@@ -22,8 +22,9 @@ from hypersd.distill.health import good_name
 from hypersd.distill.instances import CocoInstances
 from hypersd.distill.method import StructureLoss, asked_for
 from hypersd.distill.recipe import Recipe
+from hypersd.distill.resume import check_recipe
 from hypersd.distill.stages import RewardTerm, StructureTerm
-from hypersd.distill.trainer import check_recipe, check_run
+from hypersd.distill.trainer import check_run
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone

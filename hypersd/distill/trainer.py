@@ -34,7 +34,8 @@ from hypersd.distill.parts import embedded_guidance, guidances, model_metadata
 from hypersd.distill.pcm import PCM
 from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.probe import Probe, alarms
-from hypersd.distill.recipe import Recipe, completed
+from hypersd.distill.recipe import Recipe
+from hypersd.distill.resume import check_recipe
 from hypersd.distill.rg_lcd import RGLCD
 from hypersd.distill.stages import (
     BaseStage,
@@ -77,8 +78,6 @@ METHODS: dict[type[BaseStage], type[Method]] = {
     DMDStage: DMD,
     FeedbackStage: Feedback,
 }
-# what may differ between the recipe of a checkpoint and the one that resumes it
-FREE = ("checkpoint_every", "watch_every", "log_every", "threads")
 
 
 class Progress(Protocol):
@@ -489,17 +488,6 @@ class Trainer:
             save_lora(self.file, self.backbone, self.result, metadata)
 
 
-def check_recipe(state: dict[str, Any], recipe: Recipe, path: Path, *, from_good: bool = False) -> None:
-    """Raises HypersdError (exit code 2) where a run by `recipe` cannot go on from `state` of the checkpoint `path`."""
-    old, new = completed(state["recipe"]), recipe.model_dump(mode="json")
-    stage, step = state["stage"], state["step"]
-    if from_good:
-        old, new = (_begun(one, stage, step) for one in (old, new))
-    _same_recipe(old, new, path)
-    if stage < len(recipe.stages) and step > recipe.stages[stage].iterations:
-        raise HypersdError(f"{path} has {step} steps of stage {stage}, the recipe fewer", exit_code=2)
-
-
 def check_run(recipe: Recipe, process: NoiseProcess) -> None:
     """Raises HypersdError (exit code 2) for what would go wrong only later: several processes, each of which would
     train the whole, and a stage that a model with this noise process cannot serve."""
@@ -543,25 +531,3 @@ def _seeded(seed: int) -> Iterator[None]:
 def _require_grad(parameters: Mapping[str, nn.Parameter], flag: bool) -> None:
     for parameter in parameters.values():
         parameter.requires_grad_(flag)
-
-
-def _begun(recipe: dict[str, Any], stage: int, step: int) -> dict[str, Any]:
-    """The part of a recipe that a run is bound to after `step` steps of a stage, whatever the rest will say."""
-    bound = {section: recipe[section] for section in ("model", "data", "lora")}
-    under_way = [{"method": one["method"]} for one in recipe["stages"][stage : stage + 1] if step > 0]
-    return bound | {"stages": recipe["stages"][:stage] + under_way}
-
-
-def _same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path, where: str = "") -> None:
-    for key in {**old, **new}:
-        a, b, name = old.get(key), new.get(key), f"{where}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            _same_recipe(a, b, path, f"{name}.")
-        elif (
-            isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(isinstance(x, dict) for x in a + b)
-        ):
-            _same_recipe(dict(enumerate(a)), dict(enumerate(b)), path, f"{name}.")  # type: ignore[arg-type]
-        elif a != b and key not in FREE:
-            raise HypersdError(
-                f"{path} was made with {name} = {a}, the recipe says {b}; resume needs the same recipe", exit_code=2
-            )
