@@ -53,7 +53,8 @@ class FlatAdamW:
     """clip_grad_norm_, torch.optim.AdamW and an EMA of the weights, in two passes over flat buffers.
 
     parameters are trained; ema, where given, holds their moving average, under the same names and shapes. Both are
-    moved into flat buffers, and the gradients are views of a third. `clip` 0 only measures the gradient's norm.
+    moved into flat buffers. Gradients are gathered into one only for the length of a step, when the activations of a
+    forward pass are gone: no memory is kept for them while those are there. `clip` 0 only measures the gradient's norm.
     """
 
     def __init__(
@@ -72,38 +73,47 @@ class FlatAdamW:
         self.weights, self.ema = Flat(parameters), None if ema is None else Flat(ema)
         self.betas, self.eps, self.weight_decay, self.ema_decay = betas, eps, weight_decay, ema_decay
         self.clip = clip or math.inf
-        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.weights.data) for _ in range(3))
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.weights.data), torch.zeros_like(self.weights.data)
         self.steps = 0
-        self._grads = list(self.weights.views(self.grad).values())
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        self.grad.zero_()
-        for parameter, view in zip(self.weights.parameters.values(), self._grads, strict=True):
-            parameter.grad = view
+        for parameter in self.weights.parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr: float | Tensor) -> Tensor:
-        """One step; returns the norm of the gradient before clipping, a 0-d tensor on the device.
+        """One step, which uses the gradients up: every `.grad` is None after it, and one that was None counts as zero.
+        Returns the norm of the gradient before clipping, a 0-d tensor on the device.
 
         A step whose norm is not finite changes nothing.
         """
-        for parameter, view in zip(self.weights.parameters.values(), self._grads, strict=True):
-            if parameter.grad is not view:  # somebody set it to None, or to a tensor of theirs
-                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
-                parameter.grad = view
         self.steps += 1
-        norm, factor = clip_coefficient(self.grad, self.clip)
+        grad = self._gathered()
+        norm, factor = clip_coefficient(grad, self.clip)
         # an average that nobody asked for goes where the gradient was
-        average = self.grad if self.ema is None else self.ema.data
+        average = grad if self.ema is None else self.ema.data
         adamw_ema_(
-            self.weights.data, self.grad, self.exp_avg, self.exp_avg_sq, average, self.steps, lr, self.betas,
+            self.weights.data, grad, self.exp_avg, self.exp_avg_sq, average, self.steps, lr, self.betas,
             self.eps, self.weight_decay, self.ema_decay, clip=factor,
         )  # fmt: skip
         self.weights.touch()
         if self.ema is not None:
             self.ema.touch()
         return norm
+
+    def _gathered(self) -> Tensor:
+        """All gradients in one buffer, laid out as the weights are; every `.grad` is None afterwards."""
+        grad = torch.zeros_like(self.weights.data)
+        views, grads = [], []
+        for parameter, view in zip(self.weights.parameters.values(), self.weights.views(grad).values(), strict=True):
+            if parameter.grad is not None:
+                views.append(view)
+                grads.append(parameter.grad)
+        if grads:
+            torch._foreach_copy_(views, grads)
+        self.zero_grad()
+        return grad
 
     def state_dict(self) -> dict[str, Tensor]:
         """`exp_avg/<name>` and `exp_avg_sq/<name>`, views of the state; `steps` is the caller's to keep."""

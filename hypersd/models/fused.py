@@ -61,7 +61,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         hidden = self.conv2(self.dropout(self.norm2(hidden, shift)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        output = input_tensor + hidden
+        output = _add(hidden, input_tensor)
         return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
 
 
@@ -79,8 +79,14 @@ class FusedTransformer2DModel(Transformer2DModel):
             return tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
 
         if self.use_linear_projection:
-            return picture(self.proj_out(hidden_states)) + residual
-        return self.proj_out(picture(hidden_states)) + residual
+            return picture(self.proj_out(hidden_states)) + residual  # in place of a view costs backward a copy
+        return _add(self.proj_out(picture(hidden_states)), residual)
+
+
+def _add(fresh: Tensor, residual: Tensor) -> Tensor:
+    """Their sum, in place of `fresh`, the output of a linear or convolution layer, which keeps its inputs alone for the
+    gradient: at the widest point of a step there is one picture less. Not where the sum would have another dtype."""
+    return fresh.add_(residual) if fresh.dtype == residual.dtype else fresh + residual
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {

@@ -18,6 +18,7 @@ import torch
 from hypersd.distill import trainer as training
 from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.distill.data import LatentDataset
+from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.health import Alarm, Health
 from hypersd.distill.method import Auxiliary
 from hypersd.distill.recipe import Recipe, parse_recipe
@@ -419,23 +420,25 @@ def test_the_critic_of_a_stage_is_gone_when_the_next_begins(tmp_path: Path, monk
         ({"clip": 0}, [1, 1, 1]),
     ],
 )
-def test_ema_and_optimizer_follow_the_recipe(schedule: dict[str, Any], factors: list[float], tmp_path: Path) -> None:
+def test_ema_and_optimizer_follow_the_recipe(
+    schedule: dict[str, Any], factors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three steps recomputed: the learning rate's schedule, clipping, AdamW with decay, EMA."""
     train = {"ema_decay": 0.8, "clip": 0.05, "weight_decay": 0.1, "betas": [0.8, 0.9], "accumulation": 2} | schedule
     t = toy_trainer(recipe(2, iterations=3, train=train), tmp_path)
     start = weights(t.backbone)
-    history, grads, inner = [start], [], t._optimizer_step
+    history, grads, inner = [start], [], FlatAdamW.step
 
-    def record(method: Any) -> Any:
-        result = inner(method)
+    def record(self: FlatAdamW, rate: float) -> torch.Tensor:
         norm = torch.sqrt(sum((p.grad**2).sum() for p in t.parameters.values()))  # type: ignore[arg-type]
         assert norm > 0.05  # clipping is at work
         scale = 0.05 / (norm + 1e-6) if t.recipe.train.clip else 1.0
         grads.append({k: p.grad * scale for k, p in t.parameters.items()})
+        result = inner(self, rate)
         history.append(weights(t.backbone, "student"))
         return result
 
-    t._optimizer_step = record  # type: ignore[method-assign]
+    monkeypatch.setattr(FlatAdamW, "step", record)
     t.run()
     ema, m, v, w = start, *({k: torch.zeros_like(p) for k, p in start.items()} for _ in range(2)), start
     for step, grad in enumerate(grads, 1):
@@ -490,10 +493,16 @@ def test_stages_hand_over_from_the_ema(tmp_path: Path) -> None:
     assert "base" not in {role for role, _ in backbone.calls[half + 1 :]}  # the second stage never asks the base
 
 
-def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.conftest import make_unet
 
-    grads, saved = [], []
+    grads, saved, step = [], [], FlatAdamW.step
+
+    def record(self: FlatAdamW, rate: float) -> torch.Tensor:
+        grads.append({k: p.grad for k, p in self.weights.parameters.items()})
+        return step(self, rate)
+
+    monkeypatch.setattr(FlatAdamW, "step", record)
     for kind in ("none", "feed_forward", "full"):
         r = recipe(4, iterations=1, train={"gradient_checkpointing": kind, "clip": 1e9})
         t = trainer(make_unet(), r, tmp_path / kind)
@@ -511,7 +520,6 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             t.run()
         saved.append(sum(kept.values()))
-        grads.append({k: p.grad for k, p in t.parameters.items()})
     assert saved[0] > 1.1 * saved[1] > 1.1 * 1.1 * saved[2]  # bytes kept for backward
     assert max(g.abs().max() for g in grads[0].values()) > 1e-5
     for other in grads[1:]:

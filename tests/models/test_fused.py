@@ -63,6 +63,22 @@ def test_error_at_most_twice_the_networks(dtype, last):
     assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_adds_its_residual_as_the_plain_one_does(base):
+    """Under autocast the residual is wider than what the layer returns; else the sum is made in the layer's output."""
+    plain = ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)
+    with torch.no_grad():  # what comes out is what goes in, to far more digits than bfloat16 has
+        plain.conv2.weight.mul_(1e-3)
+        plain.conv2.bias.zero_()
+    fused = fuse(nn.Sequential(copy.deepcopy(plain)))[0]
+    x = torch.linspace(0.5, 0.7, 8 * 16).view(1, 8, 4, 4)
+    before = x.clone()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=base == torch.bfloat16):
+        expected, got = plain(x, None), fused(x, None)
+    assert got.dtype == expected.dtype == torch.float32 and torch.equal(x, before)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("make", [make_unet, make_sdxl_unet, make_vae])
 def test_every_layer_is_found_and_put_back(make):
     network = make()
