@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     """The largest running sum of torch's CPU allocations while `run` runs; on a GPU, above what was held before."""
+    gc.collect()  # what earlier runs left in cycles would be freed in the middle, and taken off
     if device != "cpu":
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()

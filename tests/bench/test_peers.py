@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -58,3 +59,20 @@ def test_peak_bytes_counts_what_lives_at_once():
         return kept
 
     assert 6_000_000 <= tscd_step.peak_bytes(run) < 6_100_000
+
+
+def test_what_earlier_runs_left_in_cycles_is_not_taken_off():
+    class Knot:
+        def __init__(self) -> None:
+            self.memory, self.self = torch.zeros(1_000_000), self
+
+    def run() -> torch.Tensor:
+        gc.collect()  # as happens at any moment by itself
+        return torch.zeros(1_500_000)
+
+    gc.disable()
+    try:
+        Knot()
+        assert 6_000_000 <= tscd_step.peak_bytes(run) < 6_100_000
+    finally:
+        gc.enable()
