@@ -6,10 +6,12 @@ Exit code 0: done. 2: the request is wrong (option, recipe). 1: anything else. `
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
 import warnings
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,13 +117,21 @@ def distill(
         plan.show(plan.plan(loaded), out_console)
         return
     from hypersd.console import Progress
+    from hypersd.distill import parallel
     from hypersd.distill.trainer import Trainer
 
     out = resolve.writable(out)
-    with resolve.alone(out), Progress(loaded.work, error_console) as progress:
-        components, dataset = resolve.load_run(
-            loaded, out / "latents", device, lambda done, total: progress("encode pictures", done, total)
-        )
+    with ExitStack() as held:
+        held.enter_context(parallel.joined(device))
+        if parallel.is_first():
+            held.enter_context(resolve.alone(out))
+        else:
+            _be_quiet()
+        progress = held.enter_context(Progress(loaded.work, error_console))
+        with parallel.in_turn():
+            components, dataset = resolve.load_run(
+                loaded, out / "latents", device, lambda done, total: progress("encode pictures", done, total)
+            )
         trainer = Trainer(
             loaded, components, dataset, out,
             progress=lambda stage, step, total, loss: progress(stage, step, total, f"loss {loss:.3g}"),
@@ -330,6 +340,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
             )
 
 
+def _be_quiet() -> None:
+    """One of several processes speaks for all of them."""
+    out_console.quiet = error_console.quiet = True
+    logging.getLogger("hypersd").setLevel(logging.ERROR)
+
+
 def _say(text: str) -> None:
     out_console.print(escape(text), highlight=False, soft_wrap=True)
 
@@ -402,6 +418,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
+    if code == 2 and os.environ.get("RANK", "0") != "0":
+        return code  # the first of several processes is told the same, and says it
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

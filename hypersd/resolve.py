@@ -21,10 +21,10 @@ from hypersd.distill.data import LatentDataset, model_resolution
 from hypersd.distill.health import good_name
 from hypersd.distill.instances import CocoInstances
 from hypersd.distill.method import StructureLoss, asked_for
+from hypersd.distill.methods import check_run
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.resume import check_recipe
 from hypersd.distill.stages import RewardTerm, StructureTerm
-from hypersd.distill.trainer import check_run
 from hypersd.errors import HypersdError
 from hypersd.evaluate.run import Reference
 from hypersd.models.backbone import Backbone
@@ -169,7 +169,8 @@ def load_dataset(
 def check(recipe: Recipe, out: Path, *, resume: bool = False, from_good: bool = False) -> None:
     """Find what a training would only find after its pictures are encoded, which may take hours. Raises HypersdError
     where the checkpoint to go on from is missing or of another recipe, for a resolution that the model cannot have, for
-    LoRA targets without a layer, for a stage that the model cannot serve, for several processes, and for `train.init`,
+    LoRA targets without a layer, for a stage that the model cannot serve, for several processes that do not fit the
+    recipe, and for `train.init`,
     rewards and structure that are not there, cannot be read, or do not fit the model."""
     if resume or from_good:
         checkpoint = out / "checkpoint.safetensors"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hypersd.distill import parallel
 from hypersd.errors import HypersdError
 from hypersd.kernels import adamw_ema_, clip_coefficient
 
@@ -54,7 +55,8 @@ class FlatAdamW:
 
     parameters are trained; ema, where given, holds their moving average, under the same names and shapes. Both are
     moved into flat buffers. Gradients are gathered into one only for the length of a step, when the activations of a
-    forward pass are gone: no memory is kept for them while those are there. `clip` 0 only measures the gradient's norm.
+    forward pass are gone: no memory is kept for them while those are there. Several processes each leave a part of the
+    gradient (parallel.py), and all take the same step. `clip` 0 only measures the gradient's norm.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class FlatAdamW:
         return norm
 
     def _gathered(self) -> Tensor:
-        """All gradients in one buffer, laid out as the weights are; every `.grad` is None afterwards."""
+        """The gradients of all processes in one buffer, laid out as the weights are; every `.grad` is None after it."""
         grad = torch.zeros_like(self.weights.data)
         views, grads = [], []
         for parameter, view in zip(self.weights.parameters.values(), self.weights.views(grad).values(), strict=True):
@@ -113,7 +115,7 @@ class FlatAdamW:
         if grads:
             torch._foreach_copy_(views, grads)
         self.zero_grad()
-        return grad
+        return parallel.sum_(grad)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`exp_avg/<name>` and `exp_avg_sq/<name>`, views of the state; `steps` is the caller's to keep."""

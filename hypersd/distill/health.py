@@ -69,17 +69,18 @@ class Guard:
 
     It stops the run at a number that is not finite, asks the monitors, and sees to it that `good`, a second name of a
     checkpoint, is the newest one that they all found good. Once one of them has warned, that file stays as it is.
-    history: the lines that a resumed run goes on from.
+    history: the lines that a resumed run goes on from. Without `keeps` it only looks for numbers that are not finite.
     """
 
-    def __init__(self, checkpoint: Path, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, checkpoint: Path, history: Sequence[Mapping[str, Any]] = (), *, keeps: bool = True) -> None:
+        self.keeps = keeps
         self.checkpoint, self.good, self.history = checkpoint, good_name(checkpoint), history
         self.has_warned = any("warning" in row for row in history)
         self.monitors: tuple[Monitor, ...] = ()
 
     def begin(self, stage: int, monitors: Iterable[Monitor]) -> None:
         """A stage begins, or goes on; its monitors are told what they have seen before."""
-        self.monitors = tuple(monitors)
+        self.monitors = tuple(monitors) if self.keeps else ()
         before = [row for row in self.history if row["index"] == stage]
         for row in before:
             self._ask(row)
@@ -107,7 +108,7 @@ class Guard:
 
     def end(self) -> None:
         """The run is over. Where nothing was wrong there is nothing to go back to."""
-        if not self.has_warned:
+        if self.keeps and not self.has_warned:
             self.good.unlink(missing_ok=True)
 
     def _ask(self, row: Mapping[str, Any]) -> str | None:
@@ -115,7 +116,7 @@ class Guard:
         return "; ".join(warning for warning in found if warning) or None
 
     def _keep(self) -> None:
-        if not self.has_warned and self.checkpoint.exists():
+        if self.keeps and not self.has_warned and self.checkpoint.exists():
             keep_as(self.checkpoint, self.good)
 
     def _way_back(self) -> str:

@@ -18,13 +18,15 @@ class Log:
     """Holds device tensors until `flush` asks for their values, so that a GPU is not waited for at every step.
 
     `keep` = (stage index, step) where a resumed run goes on: later lines are dropped, without it all are. `kept`: what
-    the lines before it say.
+    the lines before it say. Without a path nothing is written or kept.
     """
 
-    def __init__(self, path: Path, keep: tuple[int, int] | None) -> None:
+    def __init__(self, path: Path | None, keep: tuple[int, int] | None) -> None:
         self.path, self.pending = path, []  # type: ignore[var-annotated]
         self.kept: list[dict[str, Any]] = []
         kept = ""
+        if path is None:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if keep is not None and path.exists():
@@ -69,8 +71,9 @@ class Log:
             lines += json.dumps(row) + "\n"
         self.pending.clear()
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(lines)
+            if self.path is not None:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(lines)
         except OSError as error:
             raise HypersdError(f"cannot write {self.path}: {error.strerror or error}") from None
         if problem is not None:

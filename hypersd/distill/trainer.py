@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,42 +17,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hypersd.distill import parallel
 from hypersd.distill.checkpoint import keep_as, load_checkpoint, save_checkpoint, set_aside
 from hypersd.distill.data import Batch, LatentDataset
-from hypersd.distill.dmd import DMD
-from hypersd.distill.dmd2 import DMD2
-from hypersd.distill.feedback import Feedback
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.health import Guard, Health, good_name
 from hypersd.distill.interrupt import Interrupt
-from hypersd.distill.lcm import LCM
-from hypersd.distill.lightning import Lightning
 from hypersd.distill.log import Log
 from hypersd.distill.method import EMA, PREVIOUS, STUDENT, Auxiliary, Context, Denoiser, Draw, Method, StructureLoss
+from hypersd.distill.methods import METHODS, check_run
 from hypersd.distill.parts import embedded_guidance, guidances, model_metadata
-from hypersd.distill.pcm import PCM
-from hypersd.distill.perflow import PeRFlow
 from hypersd.distill.probe import Probe, alarms
 from hypersd.distill.recipe import Recipe
 from hypersd.distill.resume import check_recipe
-from hypersd.distill.rg_lcd import RGLCD
-from hypersd.distill.stages import (
-    BaseStage,
-    DMD2Stage,
-    DMDStage,
-    FeedbackStage,
-    LCMStage,
-    LightningStage,
-    PCMStage,
-    PeRFlowStage,
-    RGLCDStage,
-    TCDStage,
-    TDDStage,
-    TSCDStage,
-)
-from hypersd.distill.tcd import TCD
-from hypersd.distill.tdd import TDD
-from hypersd.distill.tscd import TSCD
+from hypersd.distill.stages import BaseStage
 from hypersd.errors import HypersdError
 from hypersd.models.backbone import Backbone
 from hypersd.models.export import load_lora, save_lora
@@ -64,20 +41,6 @@ from hypersd.models.noise_process import NoiseProcess
 from hypersd.models.prompts import decode_latents
 from hypersd.models.rewards import Reward
 from hypersd.sampling.presets import rules_for
-
-METHODS: dict[type[BaseStage], type[Method]] = {
-    TSCDStage: TSCD,
-    TCDStage: TCD,
-    LCMStage: LCM,
-    PCMStage: PCM,
-    TDDStage: TDD,
-    PeRFlowStage: PeRFlow,
-    LightningStage: Lightning,
-    DMD2Stage: DMD2,
-    RGLCDStage: RGLCD,
-    DMDStage: DMD,
-    FeedbackStage: Feedback,
-}
 
 
 class Progress(Protocol):
@@ -95,7 +58,9 @@ class Trainer:
     `checkpoint.safetensors`, `metrics.jsonl`, `lora-<steps>step.safetensors` of each stage
     (`lora-<steps>step-stage<i>`, i from 0, where an earlier one has that name) and `lora.safetensors` of the last,
     whole networks as `unet...` or `transformer...` instead; while a run lasts, and after one that warned,
-    `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard).
+    `checkpoint.good.safetensors` too, the newest checkpoint from before the trouble (health.Guard). In a group of
+    processes (parallel.py) each makes a trainer and calls run(); the measures in the log, and what watches over them,
+    are then those of the first one's passes.
     """
 
     def __init__(
@@ -114,6 +79,12 @@ class Trainer:
         self.progress, self.components = progress, components
         self.rewards, self.structure = rewards or {}, structure
         self.process = NoiseProcess.from_config(components.scheduler_config, latent_size=dataset.latent_size)
+        if parallel.started() != parallel.size():
+            raise HypersdError(
+                f"{parallel.started()} processes were started, and each would train the whole: `hypersd distill` joins "
+                "them, as hypersd.distill.parallel.joined() does; other commands run in one process",
+                exit_code=2,
+            )
         check_run(recipe, self.process)
         self.backbone: Any = backbone if backbone is not None else self._wrap(components.network)
         self._add_student()
@@ -147,15 +118,15 @@ class Trainer:
         try:
             if resume or from_good:
                 self._load(from_good)
-            else:  # of an earlier run, and perhaps hours of work
+            elif parallel.is_first():  # of an earlier run, and perhaps hours of work
                 for path in (self.checkpoint, good_name(self.checkpoint), self.out_dir / "metrics.jsonl"):
                     if path.exists():
                         logging.getLogger("hypersd").warning(
                             "%s of an earlier run is now %s", path, set_aside(path).name
                         )
             keep = (self.stage, self.step) if resume or from_good else None
-            self.log = Log(self.out_dir / "metrics.jsonl", keep)
-            self.guard = Guard(self.checkpoint, self.log.kept)
+            self.log = Log(self.out_dir / "metrics.jsonl" if parallel.is_first() else None, keep)
+            self.guard = Guard(self.checkpoint, self.log.kept, keeps=parallel.is_first())
             with Interrupt() as interrupt:
                 if self.stage == len(self.recipe.stages) and not self.file.exists():
                     self._export(self.stage - 1)  # of a finished run, and removed since
@@ -294,7 +265,9 @@ class Trainer:
             measures = getattr(method, "measures", {}) | self._auxiliary_steps() | self._look(stage)
             self.log.add(self.stage, stage.name, self.step, measured, norm, started, measures)
             self.step += 1
-            stop = interrupt.requested and self.step < stage.iterations
+            # several processes agree to stop where they wait for a GPU anyway
+            asks = parallel.size() == 1 or self.device.type == "cpu" or self.step % train.log_every == 0
+            stop = asks and self.step < stage.iterations and parallel.any_of(interrupt.requested)
             save = stop or self.step % train.checkpoint_every == 0 or self.step == stage.iterations
             # a GPU is asked for its numbers now and then, and always before its weights are saved
             if self.device.type == "cpu" or save or self.step % train.log_every == 0:
@@ -315,7 +288,7 @@ class Trainer:
         del self.optimizer
         self.stage, self.step = self.stage + 1, 0
         self._save()
-        if interrupt.requested and self.stage < len(self.recipe.stages):
+        if self.stage < len(self.recipe.stages) and parallel.any_of(interrupt.requested):
             raise HypersdError(
                 f"stopped after stage {stage.name}; the state is saved in {self.checkpoint}, resume goes on"
             )
@@ -344,7 +317,7 @@ class Trainer:
         """The probe, with what the stage begins with; in the middle of a stage that is in the checkpoint."""
         train = self.recipe.train
         self.probe = None
-        if train.watch_every == 0:
+        if train.watch_every == 0 or not parallel.is_first():
             return
         metadata = METHODS[type(stage)].metadata(stage, self.process)
         self.probe = Probe(
@@ -371,18 +344,20 @@ class Trainer:
     def _accumulate(
         self, optimizer: FlatAdamW, loss: Callable[[Batch, Draw], Tensor], step: int, who: int = 0
     ) -> Tensor:
-        """The gradient of step `step`, and its loss. Data and draws are those of (seed, stage, who, pass)."""
+        """This process's part of the gradient of step `step`, and the step's loss. Data and draws are those of (seed,
+        stage, who, pass)."""
         train = self.recipe.train
         optimizer.zero_grad()
-        total: Any = 0.0
-        for number in range(step * train.accumulation, (step + 1) * train.accumulation):
+        total = torch.zeros((), device=self.device)
+        first, end = step * train.accumulation + parallel.rank(), (step + 1) * train.accumulation
+        for number in range(first, end, parallel.size()):
             key = (train.seed, self.stage, number, who) if who else (train.seed, self.stage, number)
             turn = number % train.accumulation, train.accumulation
             draw = Draw(key, self.device, self.step / self.recipe.stages[self.stage].iterations, turn)
             part = loss(self._batch(number, who), draw)
             (part / train.accumulation).backward()
             total = total + part.detach() / train.accumulation
-        return total
+        return parallel.sum_(total)
 
     def _batch(self, number: int, who: int = 0) -> Batch:
         """Pass `number` of this stage; every stage, and whoever is trained in it, has its own order of the data."""
@@ -412,6 +387,8 @@ class Trainer:
         return [STUDENT, EMA, *([PREVIOUS] if self.has_previous else []), *own]
 
     def _save(self) -> None:
+        if not parallel.is_first():
+            return
         groups: dict[str, Mapping[str, Tensor]] = {role: self.backbone.role_parameters(role) for role in self._roles()}
         if self.step > 0:
             groups["optimizer"] = self.optimizer.state_dict()
@@ -448,7 +425,8 @@ class Trainer:
             self._restore(role, self.backbone.role_parameters(role))
             if role in state.get("scales", ()):  # train.init's file may have another than an adapter made since
                 self.backbone.set_role_scales(role, state["scales"][role])
-        if from_good:  # the newest one now, under the recipe that is to set things right; what went wrong is set aside
+        if from_good and parallel.is_first():
+            # the newest one now, under the recipe that is to set things right; what went wrong is set aside
             if self.checkpoint.exists():
                 set_aside(self.checkpoint)
             save_checkpoint(self.checkpoint, self.loaded, state | own)
@@ -472,7 +450,7 @@ class Trainer:
     def _export(self, number: int) -> None:
         """The stage's EMA weights as a file, and as `self.file` after the last stage: there merged with what they stand
         on, where the stage trained an adapter of its own."""
-        if not isinstance(self.backbone, Backbone | FullBackbone):
+        if not parallel.is_first() or not isinstance(self.backbone, Backbone | FullBackbone):
             return
         stage = self.recipe.stages[number]
         metadata = METHODS[type(stage)].metadata(stage, self.process)
@@ -486,22 +464,6 @@ class Trainer:
         save_lora(path, self.backbone, EMA, metadata)
         if is_last:
             save_lora(self.file, self.backbone, self.result, metadata)
-
-
-def check_run(recipe: Recipe, process: NoiseProcess) -> None:
-    """Raises HypersdError (exit code 2) for what would go wrong only later: several processes, each of which would
-    train the whole, and a stage that a model with this noise process cannot serve."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise HypersdError(
-            "training runs in one process so far; start it without torchrun (train.accumulation makes a larger batch)",
-            exit_code=2,
-        )
-    for i, stage in enumerate(recipe.stages):
-        try:
-            stage.fit(process.num_train_timesteps)
-            METHODS[type(stage)].metadata(stage, process)
-        except (HypersdError, ValueError) as error:
-            raise HypersdError(f"stages.{i}: {error}", exit_code=2) from None
 
 
 def rate_factor(kind: str, step: int, steps: int, warmup: int) -> float:

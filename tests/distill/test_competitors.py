@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
 from hypersd.distill.method import Context, Draw
+from hypersd.distill.methods import METHODS
 from hypersd.distill.recipe import Recipe, parse_recipe
 from hypersd.distill.segments import grid
 from hypersd.distill.stages import STAGES
-from hypersd.distill.trainer import METHODS, Trainer
+from hypersd.distill.trainer import Trainer
 from hypersd.errors import HypersdError
 from hypersd.models.export import load_lora
 from hypersd.models.noise_process import NoiseProcess

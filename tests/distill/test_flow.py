@@ -14,8 +14,9 @@ import torch
 
 from hypersd.distill.data import Batch, LatentDataset
 from hypersd.distill.method import Context, Draw
+from hypersd.distill.methods import METHODS
 from hypersd.distill.recipe import parse_recipe
-from hypersd.distill.trainer import METHODS, Trainer
+from hypersd.distill.trainer import Trainer
 from hypersd.models.export import load_lora, save_lora
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling import sampler_for

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from hypersd.distill import trainer as training
 from hypersd.distill.checkpoint import load_checkpoint
 from hypersd.distill.data import LatentDataset
 from hypersd.distill.flat import FlatAdamW
 from hypersd.distill.health import Alarm, Health
 from hypersd.distill.method import Auxiliary
+from hypersd.distill.methods import METHODS
 from hypersd.distill.recipe import Recipe, parse_recipe
 from hypersd.distill.stages import TSCDStage
 from hypersd.distill.trainer import Trainer
@@ -134,7 +134,7 @@ class WithCritic(TSCD):
 def test_auxiliaries_have_their_own_clock_rate_and_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    monkeypatch.setitem(METHODS, TSCDStage, WithCritic)
     with caplog.at_level("WARNING", "hypersd"):
         toy_trainer(recipe(2, iterations=2, train={"warmup": 2}), tmp_path).run()
     method = WithCritic.newest
@@ -156,7 +156,7 @@ def test_auxiliaries_have_their_own_clock_rate_and_data(
 
 @pytest.mark.parametrize("step", [4, 5])
 def test_resume_brings_back_the_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    monkeypatch.setitem(METHODS, TSCDStage, WithCritic)
     r = recipe(2, iterations=6, train={"checkpoint_every": 3, "accumulation": 2})
     whole = toy_trainer(r, tmp_path / "whole").run()
     value = WithCritic.newest.value
@@ -192,11 +192,11 @@ def test_a_critic_that_breaks_stops_the_run(tmp_path: Path, monkeypatch: pytest.
         def critic_loss(self, batch: Any, draw: Any) -> torch.Tensor:
             return self.value.sum() * (math.nan if draw.progress > 0.6 else 1.0)
 
-    monkeypatch.setitem(training.METHODS, TSCDStage, Broken)
+    monkeypatch.setitem(METHODS, TSCDStage, Broken)
     r = recipe(2, iterations=4, train={"checkpoint_every": 1})
     with pytest.raises(HypersdError, match="step 3: critic_loss nan; the newest checkpoint is intact"):
         toy_trainer(r, tmp_path).run()
-    monkeypatch.setitem(training.METHODS, TSCDStage, WithCritic)
+    monkeypatch.setitem(METHODS, TSCDStage, WithCritic)
     toy_trainer(r, tmp_path).run(resume=True)
     assert len(WithCritic.newest.seen["student"]) == 1
 
@@ -326,7 +326,7 @@ class Hasty(TSCD):
 
 def test_a_run_goes_back_to_before_a_warning_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps, a checkpoint at each second one; astray from step 5 on, so that the state after 4 is good."""
-    monkeypatch.setitem(training.METHODS, TSCDStage, Hasty)
+    monkeypatch.setitem(METHODS, TSCDStage, Hasty)
     train = {"checkpoint_every": 2}
     hasty, calm = recipe(2, 1, iterations=10, train=train, learning_rate=0.1), recipe(2, 1, iterations=10, train=train)
     good = tmp_path / "run" / "checkpoint.good.safetensors"
@@ -365,7 +365,7 @@ def test_a_run_goes_back_to_before_a_warning_with_the_remedy(tmp_path: Path, mon
 @pytest.mark.parametrize("way", ["resume", "from_good"])
 def test_a_run_that_went_back_may_be_killed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Before its first checkpoint: the state that it went back to is the newest now, under the remedied recipe."""
-    monkeypatch.setitem(training.METHODS, TSCDStage, Hasty)
+    monkeypatch.setitem(METHODS, TSCDStage, Hasty)
     train = {"checkpoint_every": 4}
     hasty, calm = recipe(2, 1, iterations=10, train=train, learning_rate=0.1), recipe(2, 1, iterations=10, train=train)
     with pytest.raises(Stop):
@@ -396,7 +396,7 @@ class Unwatched(WithCritic):
 
 def test_the_critic_of_a_stage_is_gone_when_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be half of a network, with two moments: there is no room for two."""
-    monkeypatch.setitem(training.METHODS, TSCDStage, Unwatched)
+    monkeypatch.setitem(METHODS, TSCDStage, Unwatched)
     alive: list[list[bool]] = []
     made: list[weakref.ref[Any]] = []
 
@@ -460,7 +460,7 @@ class Sum(TSCD):
 
 
 def test_the_passes_of_a_step_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(training.METHODS, TSCDStage, Sum)
+    monkeypatch.setitem(METHODS, TSCDStage, Sum)
     t = toy_trainer(recipe(2, iterations=1, train={"accumulation": 4}), tmp_path)
     start = weights(t.backbone, "student").values()
     t.run()
