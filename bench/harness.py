@@ -203,7 +203,7 @@ def compare(
     yardstick: str = EAGER,
     copies: Sequence[dict[str, Runner]] = (),
     graphs: bool = True,
-    roof: Ceiling | None = None,
+    roof: Callable[[Cost], Ceiling] | None = None,
 ) -> list[Result]:
     """The rows of one case and mode: all runners are judged against `exact` (float64) by the error of `yardstick`, and
     the green ones timed together.
@@ -246,10 +246,11 @@ def compare(
     for row in rows:
         ours = next((r.p50 for r in rows if r.provider == OURS and r.mode == row.mode), None)
         row.over_ours = round(row.p50 / ours, 3) if row.p50 and ours else None
-        if cost is not None and not backward:
+        if cost is not None:
             row.bytes, row.flops = cost.bytes, cost.flops
             row.launches = cost.launches if row.provider == OURS else None
-            row.of_roofline = round(1e6 * roof.seconds(cost, dtype) / row.p50, 3) if roof and row.p50 else None
+            least = roof(cost).seconds(cost, dtype) if roof else None
+            row.of_roofline = round(1e6 * least / row.p50, 3) if least and row.p50 else None
     return rows
 
 
@@ -347,12 +348,23 @@ def measure_op(
             wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
             exact = outputs(eager(op, wide), bool(op.backward))
             cost = op.cost(**inputs) if op.cost else None
+            work = {"fwd": cost, **_with_gradients(op, inputs)}
             more = gpu.copies(cost.bytes) - 1 if cost and device == "cuda" else 0
             for mode in ("fwd", "bwd", "full") if op.backward else ("fwd",):
                 runners = runners_for(op, inputs, peers)
                 copies = [runners_for(op, gpu.cloned(inputs), peers) for _ in range(more)]
                 truth = {k: v for k, v in exact.items() if mode != "fwd" or k.startswith("y")}
                 yield compare(
-                    op.name, case.name, dtype, mode, truth, runners, seconds=seconds, cost=cost, device=device,
-                    copies=copies, roof=roof(cost) if roof and cost else None,
+                    op.name, case.name, dtype, mode, truth, runners, seconds=seconds, cost=work[mode], device=device,
+                    copies=copies, roof=roof,
                 )  # fmt: skip
+
+
+def _with_gradients(op: Op, inputs: dict[str, Any]) -> dict[str, Cost | None]:
+    """The work of "bwd", and of "full": a forward that keeps what backward needs, and the backward."""
+    if op.cost is None or op.backward_cost is None:
+        return {"bwd": None, "full": None}
+    changed, _ = with_leaves(op, inputs)
+    with torch.enable_grad():
+        backward = op.backward_cost(**changed)
+        return {"bwd": backward, "full": op.cost(**changed) + backward}

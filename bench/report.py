@@ -132,7 +132,7 @@ def plot(rows: Sequence[Result], path: Path, stamp: dict[str, Any]) -> None:
     left.set_xscale("log")
     left.axvline(1, color="0.6", linewidth=0.8)
     left.set_xlabel(f"time over {OURS}'s (right of 1: {OURS} is faster)")
-    right.set_xlabel("% of the roofline (forward)")
+    right.set_xlabel("% of the roofline")
     right.set_xlim(left=0)
     right.axvline(100, color="0.6", linewidth=0.8)
     left.legend(fontsize=7, loc="upper right")

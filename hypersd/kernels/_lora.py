@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hypersd.kernels import _lora_rows, _native, _op
+from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Op
 from hypersd.kernels._rows import DTYPES, autocast, check_real
 from hypersd.kernels._tune import CONFIGS
@@ -75,6 +76,15 @@ def analytic(m: int, k: int, n: int, r: int, device: str, itemsize: int) -> dict
         "rows_grad": product(m, r, n) + product(r, k, m) + product(n, r, m),
         "rows_both": product(m, r, n) + product(m, k, n + r) + product(r, k, m) + product(n, r, m),
     }
+
+
+def backward_cost(m: int, k: int, n: int, r: int, x: int, ab: int, itemsize: int, adapters: int = 1) -> Cost:
+    """Of dX, dA and dB, the base frozen: arithmetic of the cheapest forms; dY, x (of `x` elements), S, W and the
+    adapters (`ab` elements) read once, dX, dA and dB written once."""
+    split, fold = 2 * m * r * (k + n), 2 * adapters * n * k * r
+    thin, full = 2 * m * r * (k + n), 2 * m * n * k + 2 * fold
+    least = min(split + thin, fold + 2 * m * n * r + thin, fold + full)  # where dX is split it shares dS with thin
+    return Cost(2 * m * n * k + least, (m * n + 2 * x + m * r + n * k + 2 * ab) * itemsize, 3)
 
 
 def kind(device: torch.device) -> str:

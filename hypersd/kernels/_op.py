@@ -57,7 +57,8 @@ class Op:
     public function calls torch's own operator for them instead of this one (empty: it does not). `autocast` names the
     arguments that the public function casts inside torch.autocast.
     An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
-    `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords.
+    `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords,
+    and so does `backward_cost`, of the gradients of all `differentiable` ones that are given.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Op:
     result: Callable[[Any], Any] | None = None
     cases: tuple[Case, ...] = ()
     cost: Callable[..., Cost] | None = None
+    backward_cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
     autocast: tuple[str, ...] = ()
     plan: Callable[..., object] | None = None

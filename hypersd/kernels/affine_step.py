@@ -3,7 +3,7 @@
 Every first-order or multistep solver step (DDIM, TCD, LCM, Euler flow, DPM-Solver++ 2M), classifier-free guidance and
 the jump x_t -> x_s are this one sum, with one row of float64 coefficients per sample.
 
-    bytes: (terms + 1) N itemsize     flops: 2 terms N     launches: 1     (N elements, `terms` tensors given)
+    bytes: (terms + 1) N itemsize, forward and backward     flops: 2 terms N     launches: 1     (`terms` tensors of N)
     replaces: k[0] * x + k[1] * eps_cond + ..., 2 terms - 1 passes over memory
     arithmetic: float32 (float64 if a tensor is float64), one rounding to the dtype of x at the end
 """
@@ -59,6 +59,12 @@ def cost(
     read = [t for t in (x, eps_cond, eps_uncond, history, noise) if t is not None]
     moved = sum(t.element_size() for t in read) + x.element_size()
     return Cost(flops=2 * len(read) * x.numel(), bytes=moved * x.numel(), launches=1)
+
+
+def backward_cost(**inputs: Any) -> Cost:
+    """The gradient read once, that of each tensor written once: as much as forward moves."""
+    forward = cost(**inputs)
+    return Cost(forward.flops / 2, forward.bytes, forward.launches)
 
 
 def reference(
@@ -276,6 +282,7 @@ OP = Op(
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_config,
     aten=_rows.aten_in_float64(*NAMES),
     programs=_programs,

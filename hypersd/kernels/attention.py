@@ -61,6 +61,13 @@ def cost(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Cost
     return Cost(4 * b * h * tq * k.shape[2] * d, moved * q.element_size(), 1)
 
 
+def backward_cost(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Cost:
+    """Five products, one of them forward's again; q, k, v and dout read, dq, dk, dv written once."""
+    b, h, tq, d = q.shape
+    moved = 3 * q.numel() + 2 * (k.numel() + v.numel())
+    return Cost(10 * b * h * tq * k.shape[2] * d, moved * q.element_size(), 2)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """The definition, as written."""
     return torch.softmax(q @ k.transpose(-1, -2) * _factor(q, scale), -1) @ v
@@ -204,6 +211,7 @@ OP = Op(
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=lambda q, k, v, scale=None: _attention.config_of(q, k),
     plan=lambda **inputs: "scores, softmax, product",
     autocast=("q", "k", "v"),

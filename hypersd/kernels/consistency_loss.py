@@ -75,6 +75,12 @@ def cost(eps_student: Tensor, x_t: Tensor, eps_target: Tensor, x_s: Tensor, coef
     return Cost(flops=14 * count, bytes=(read + size * wanted) * count, launches=2)
 
 
+def backward_cost(eps_student: Tensor, **others: Any) -> Cost:
+    """The slope that forward wrote is read, scaled and written."""
+    count = eps_student.numel()
+    return Cost(flops=count, bytes=2 * count * eps_student.element_size(), launches=1)
+
+
 def _residual(eps_student: Tensor, x_t: Tensor, eps_target: Tensor, x_s: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     work = _rows.work_dtype(eps_student, x_t, eps_target, x_s)
     p0, p1, q0, q1 = _rows.per_row(coef, eps_student, work)
@@ -447,6 +453,7 @@ OP = Op(
     result=lambda output: output[0],
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_config,
     aten=_rows.aten_in_float64("eps_student", "x_t", "eps_target", "x_s"),
     programs=_programs,

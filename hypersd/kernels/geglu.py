@@ -47,6 +47,11 @@ def cost(x: Tensor) -> Cost:
     return Cost(flops=15 * x.numel(), bytes=x.numel() // 2 * 3 * x.element_size(), launches=1)
 
 
+def backward_cost(x: Tensor) -> Cost:
+    """x and dy read once, dx written once."""
+    return Cost(flops=25 * x.numel(), bytes=x.numel() // 2 * 5 * x.element_size(), launches=1)
+
+
 def reference(x: Tensor) -> Tensor:
     """The definition, as diffusers writes it."""
     value, gate = x.chunk(2, dim=-1)
@@ -200,6 +205,7 @@ OP = Op(
     setup_context=_setup_context,
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_config,
     aten=_rows.aten_in_float64("x"),
     programs=_programs,

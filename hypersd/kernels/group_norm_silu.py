@@ -98,6 +98,17 @@ def cost(
     return Cost(flops=30 * x.numel(), bytes=passes * x.numel() * x.element_size() + small + statistics, launches=2)
 
 
+def backward_cost(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True,
+    shift: Tensor | None = None, residual: Tensor | None = None,
+) -> Cost:  # fmt: skip
+    """x, dy, the statistics (and dh) read once, dx written once; parameters and shift read, their gradients written."""
+    small = 2 * sum(t.numel() * t.element_size() for t in (weight, bias, shift) if t is not None)
+    statistics = 2 * x.shape[0] * num_groups * _rows.work_dtype(x).itemsize
+    passes = 3 if residual is None else 4
+    return Cost(flops=45 * x.numel(), bytes=passes * x.numel() * x.element_size() + small + statistics, launches=3)
+
+
 def reference(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
     shift: Tensor | None, residual: Tensor | None,
@@ -407,6 +418,7 @@ OP = Op(
     result=_result,
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_config,
     aten=_rows.aten_in_float64("x"),
     programs=_group_norm.programs,

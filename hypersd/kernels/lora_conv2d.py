@@ -74,6 +74,20 @@ def cost(
     return Cost(2 * m * n * k + 2 * r * min(m * (k + n), n * k), moved * x.element_size(), 2)
 
 
+def backward_cost(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    **others: Any,
+) -> Cost:
+    """See _lora.backward_cost."""
+    m, k, n, r = _sizes(x, weight, a, _pair("stride", stride, 1), _pair("padding", padding, 0))
+    return _lora.backward_cost(m, k, n, r, x.numel(), a.numel() + b.numel(), x.element_size())
+
+
 def reference(
     x: Tensor,
     weight: Tensor,
@@ -346,6 +360,7 @@ OP = Op(
     result=lambda output: output[0],
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     plan=_public_plan,
     autocast=("x", "weight", "bias"),
     native=lambda **inputs: _public_plan(**inputs).forward in _lora.NATIVE,

@@ -9,6 +9,8 @@ _lora.py names the exact forms (split, accumulate, fold; thin, full); the cheape
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +59,13 @@ def cost(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
     m, r = x.numel() // max(k, 1), a.shape[0]
     moved = x.numel() + m * n + n * k + a.numel() + b.numel()
     return Cost(2 * m * n * k + 2 * r * min(m * (k + n), n * k), moved * x.element_size(), 2)
+
+
+def backward_cost(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, **others: Any) -> Cost:
+    """See _lora.backward_cost."""
+    n, k = weight.shape
+    m, ab = x.numel() // max(k, 1), a.numel() + b.numel()
+    return _lora.backward_cost(m, k, n, a.shape[0], x.numel(), ab, x.element_size())
 
 
 def reference(
@@ -307,6 +316,7 @@ OP = Op(
     result=lambda output: output[0],
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_triton_config,
     plan=_public_plan,
     autocast=("x", "weight", "bias"),

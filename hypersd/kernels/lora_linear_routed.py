@@ -70,6 +70,13 @@ def cost(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
     return Cost(2 * m * n * k + 2 * r * min(m * (k + n), a.shape[0] * n * k), moved * x.element_size(), 2)
 
 
+def backward_cost(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, **others: Any) -> Cost:
+    """As if every sample had an adapter; see _lora.backward_cost."""
+    n, k = weight.shape
+    m, ab = x.shape[:-1].numel(), a.numel() + b.numel()
+    return _lora.backward_cost(m, k, n, a.shape[1], x.numel(), ab, x.element_size(), a.shape[0])
+
+
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, slots: Tensor, scales: Tensor,
     keep: bool = False,
@@ -393,6 +400,7 @@ OP = Op(
     result=lambda output: output[0],
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_triton_config,
     plan=_plan,
     autocast=("x", "weight", "bias"),

@@ -61,6 +61,14 @@ def cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: T
     return Cost(flops=2 * m * k * r + 8 * m * k, bytes=moved * x.element_size(), launches=1)
 
 
+def backward_cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: Tensor) -> Cost:
+    """x, y, dy, dS, a and the statistics read once, dx and da written once; so are the parameters, their gradients."""
+    m, (r, k) = x.numel() // max(x.shape[-1], 1), a.shape
+    moved = 4 * x.numel() + m * r + 2 * a.numel() + 2 * sum(t.numel() for t in (weight, bias) if t is not None)
+    statistics = 2 * m * _rows.work_dtype(x).itemsize
+    return Cost(flops=4 * m * k * r + 16 * m * k, bytes=moved * x.element_size() + statistics, launches=3)
+
+
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, as a transformer block writes it."""
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
@@ -248,6 +256,7 @@ OP = Op(
     result=lambda output: output[:2],
     cases=CASES,
     cost=cost,
+    backward_cost=backward_cost,
     config=_config,
     aten=_rows.aten_in_float64("x"),
     programs=_norm_shrink.programs,

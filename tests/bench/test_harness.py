@@ -126,9 +126,21 @@ def test_a_backward_is_timed_without_its_forward():
 
 def test_the_share_of_the_roofline():
     roof = Ceiling(1e9, {torch.float32: 1e12}, 0.0, "")
-    row = providers(Cost(2e6, 1e6), roof, hypersd=sin, eager=sin)["hypersd"]
+    row = providers(Cost(2e6, 1e6), lambda cost: roof, hypersd=sin, eager=sin)["hypersd"]
     assert (row.bytes, row.flops) == (1e6, 2e6)
     assert row.of_roofline == pytest.approx(1000 / row.p50, rel=1e-2)  # 1 ms to move, 2 us to compute
+
+
+def test_backward_has_its_own_share_and_both_have_their_sum():
+    """The forward that keeps the slope for backward moves one tensor more than that without gradients."""
+    options = {"device": "cpu", "dtypes": [torch.float32], "shapes": ("emoji",), "peers": [], "seconds": 0.001}
+    roof = Ceiling(1e9, {torch.float32: 1e12}, 0.0, "")
+    groups = harness.measure_op(OPS["consistency_loss"], roof=lambda cost: roof, **options)
+    fwd, bwd, full = itertools.islice((group[0] for group in groups), 3)
+    assert [row.mode for row in (fwd, bwd, full)] == ["fwd", "bwd", "full"]
+    assert (fwd.bytes, bwd.bytes, full.bytes) == (fwd.bytes, fwd.bytes / 2, fwd.bytes * 7 / 4)
+    for row in (fwd, bwd, full):
+        assert row.provider == harness.OURS and row.of_roofline == pytest.approx(row.bytes / 1e3 / row.p50, rel=1e-2)
 
 
 def test_the_roofline_is_the_best_of_what_was_tried(monkeypatch):

@@ -431,6 +431,27 @@ def test_declared_bytes_are_those_of_the_arguments(op):
     assert op.cost(**inputs).bytes == moved
 
 
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.differentiable], ids=lambda op: op.name)
+def test_declared_bytes_of_backward_are_those_of_its_arguments(op):
+    """As above, of what one backward call of the dispatcher reads and writes; LoRA layers compose theirs of several."""
+    inputs = checks.smallest(op).inputs()
+    leaves = {k: inputs[k].requires_grad_() for k in op.differentiable if inputs.get(k) is not None}
+    y = op.function(**inputs)
+    values = [y] if isinstance(y, Tensor) else list(y)
+    with checks.Recorder() as record:
+        torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+    moved = [leaf.grad for leaf in leaves.values()]
+    if op.name.startswith("lora"):
+        rank = inputs["a"].shape[op.name == "lora_linear_routed"]
+        s = y.new_empty(y.numel() // inputs["weight"].shape[0], rank)
+        moved += [y, s, inputs["weight"], *leaves.values()]
+    else:
+        ((_, args),) = record.calls
+        moved += [a for a in args if isinstance(a, Tensor) and a.dtype != torch.float64 and a.dim()]
+    cost = op.backward_cost(**inputs)
+    assert cost.bytes == sum(t.numel() * t.element_size() for t in moved) and cost.flops > 0
+
+
 def test_use_says_what_cannot_run():
     op = OPS["affine_step"]
     inputs = op.cases[0].inputs()
