@@ -56,7 +56,7 @@ from hypersd.sampling.timesteps import trailing
 
 VARIETY = (64, 4)  # captions, pictures of each
 CAPTIONS_SEED = 1  # every row is judged on the same captions; recipes were chosen on those of seed 0
-MAIN = ("unified", "tscd")  # what the others are compared with: the first that has rows
+MAIN = ("unified", "tscd")  # what the others are compared with: all of the first that is among the variants
 PAIRED = ("frechet", "alignment", "objects", "aesthetic")  # compared caption by caption
 RESAMPLES = 200  # of the Frechet distance; 1,000 of the others, which are means over the captions
 
@@ -240,19 +240,18 @@ class Paper:
         """One row, table "pairs", for each column of PAIRED; earlier ones over fewer seeds stay."""
         self.ledger.read()
         offered = [v for v in variants if "2" in v.tables and v.stages]
-        main = next((v for name in MAIN for v in offered if v.method == name), None)
-        if main is None:
-            return
-        ours = {seed: self.comparable(main, seed) for seed in seeds}
-        for other in (v for v in offered if v is not main):
-            theirs = {seed: self.comparable(other, seed) for seed in seeds}
+        method = next((name for name in MAIN if any(v.method == name for v in offered)), None)
+        found = {v.folder: {seed: self.comparable(v, seed) for seed in seeds} for v in offered}
+        mains, others = ([v for v in offered if (v.method == method) is wanted] for wanted in (True, False))
+        for main, other in product(mains, others):
+            ours, theirs = found[main.folder], found[other.folder]
             for steps, column in product(sorted(set(main.steps) & set(other.steps)), PAIRED):
                 name = f"{steps}/{column}"
                 both = [seed for seed in seeds if name in ours[seed] and name in theirs[seed]]
-                key = {"table": "pairs", "method": main.method, "against": other.folder, "steps": steps}
-                key |= {"column": column, "seeds": both} | self.settings
+                key: dict[str, Any] = {"table": "pairs", "method": main.method, "variant": main.name}
+                key |= {"against": other.folder, "steps": steps, "column": column, "seeds": both} | self.settings
                 if both and not self.ledger.find(**key):
-                    runs = [[_draws(found[seed][name], column) for seed in both] for found in (ours, theirs)]
+                    runs = [[_draws(side[seed][name], column) for seed in both] for side in (ours, theirs)]
                     values = paired_difference(*runs)
                     self.ledger.append(key | dict(zip(("difference", "low", "high"), values, strict=True)))
 

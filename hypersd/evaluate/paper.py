@@ -173,7 +173,7 @@ def unified() -> list[Variant]:
         weighed(("4", "5"), "unified", "TSCD+DMD", tscd + dmd),
         weighed(("5",), "unified", "TCD+DMD", tcd + dmd),
         weighed(("5",), "unified", "DMD", alone, steps=(1,)),
-        weighed(("4",), "unified", "TSCD+DMD+feedback", tscd + dmd + feedback),
+        weighed(("2", "4"), "unified", "TSCD+DMD+feedback", tscd + dmd + feedback),
     ]
 
 
@@ -362,7 +362,8 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: len(row.get("seeds", ()))):  # of each pair that with the most seeds
-        best[tuple(row[name] for name in ("steps", "against", "method", "column"))] = row
+        name = label(row["method"], row["variant"])
+        best[row["steps"], row["against"], name, row["column"]] = row
     counts: dict[tuple[Any, ...], list[str]] = {}
     for (steps, _, method, column), row in sorted(best.items()):
         counts.setdefault((steps, method, column), []).append(verdict(row))
@@ -377,9 +378,9 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"| {steps} | {method} | {column} | {each} |")
     lines += ["", "| steps | method | against | column | difference | 95 % | seeds |"]
     lines.append("| --- | --- | --- | --- | ---: | --- | ---: |")
-    for _, row in sorted(best.items()):
+    for (_, _, method, _), row in sorted(best.items()):
         lines.append(
-            f"| {row['steps']} | {row['method']} | {row['against']} | {row['column']} | {row['difference']:+.3g} "
+            f"| {row['steps']} | {method} | {row['against']} | {row['column']} | {row['difference']:+.3g} "
             f"| {row['low']:+.3g} to {row['high']:+.3g} | {len(row['seeds'])} |"
         )
     return [*lines, ""]

@@ -62,7 +62,8 @@ def test_every_variant_spends_the_budget() -> None:
 def test_the_unified_variant_is_the_shipped_recipe() -> None:
     quick, full = load_recipe("emoji-quick"), load_recipe("emoji-full")
     cost = [stage.iterations * stage.network_evaluations for stage in quick.stages]
-    (unified,) = (v for v in VARIANTS if v.method == "unified" and "2" in v.tables)
+    unified, complete = (v for v in VARIANTS if v.method == "unified" and "2" in v.tables)
+    assert complete.name == "TSCD+DMD+feedback"
     assert recipe_of(unified, 32 * sum(cost), 0).stages == quick.stages
     assert unified.tables == ("2", "3", "4") and unified.steps == (1, 2, 4, 8)
     for table, follow in (("3", {"TCD+feedback", "TSCD+feedback"}), ("5", {"DMD", "TCD+DMD", "TSCD+DMD"})):
@@ -148,7 +149,7 @@ def test_the_page() -> None:
         values = dict.fromkeys(COLUMNS, 1.0) | {"frechet": frechet, "frechet_to_teacher": None}
         return key | values | {"samples": 64, "features": "emoji judge", "captions": 1, "network_evaluations": 500_000}
 
-    pair = {"table": "pairs", "method": "tscd", "against": "lcm", "steps": 1, "column": "frechet"}
+    pair = {"table": "pairs", "method": "tscd", "variant": "", "against": "lcm", "steps": 1, "column": "frechet"}
     pair |= {"difference": -1.5, "low": -2.0, "high": -1.0}
     older = pair | {"difference": -9.0, "seeds": [0]}
     pair |= {"seeds": [0, 1]}
@@ -250,28 +251,32 @@ def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None
         return Paper(tmp_path / out, rows, budget=40.0, samples=16, device="cpu")
 
     ours, theirs = (next(v for v in VARIANTS if v.method == name) for name in ("unified", "tcd"))
+    full = next(v for v in VARIANTS if v.folder == "unified-TSCD+DMD+feedback")
     generator = torch.Generator().manual_seed(0)
     first, values = job("first"), {}
-    for variant, seeds in ((ours, (0, 1, 2)), (theirs, (1, 2))):
+    for variant, seeds in ((ours, (0, 1, 2)), (theirs, (1, 2)), (full, (1,))):
         for seed in seeds:
             features = torch.randn(16, 8, generator=generator) + len(seeds)
             first.judge.real = Moments.of(torch.randn(64, 8, generator=generator))
             found = {"features": features, "alignment": torch.rand(16, generator=generator, dtype=torch.float64)}
             first.keep(variant, 2, seed, found)
-            values[variant.method, seed] = (
+            values[variant.folder, seed] = (
                 frechet_distance(Moments.of(features), first.judge.real),
                 float(found["alignment"].mean()),
             )
     job("second").compare([ours, theirs], [1])
-    job("third").compare([ours, theirs], [0, 1, 2])
-    job("third").compare([ours, theirs], [0, 1, 2])
+    job("third").compare([ours, theirs, full], [0, 1, 2])
+    job("third").compare([ours, theirs, full], [0, 1, 2])
     written = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [(row["column"], row["seeds"]) for row in written] == [
-        ("frechet", [1]), ("alignment", [1]), ("frechet", [1, 2]), ("alignment", [1, 2]),
+    assert [(row["variant"], row["column"], row["seeds"]) for row in written] == [
+        (ours.name, "frechet", [1]), (ours.name, "alignment", [1]),
+        (ours.name, "frechet", [1, 2]), (ours.name, "alignment", [1, 2]),
+        (full.name, "frechet", [1]), (full.name, "alignment", [1]),
     ]  # fmt: skip
     for row in written:
         column = ("frechet", "alignment").index(row["column"])
-        ends = [np.mean([values[name, seed][column] for seed in row["seeds"]]) for name in ("unified", "tcd")]
+        sides = f"unified-{row['variant']}", "tcd"
+        ends = [np.mean([values[name, seed][column] for seed in row["seeds"]]) for name in sides]
         assert row["difference"] == pytest.approx(ends[0] - ends[1], rel=1e-5)
         assert row["low"] < row["difference"] < row["high"] and row["against"] == "tcd" and row["steps"] == 2
 
