@@ -139,6 +139,7 @@ COMPARED = {
     "diversity": PANELS["diversity"],
 }
 OTHERS = ("#0f9f8f", "#8a4fd0", "#c9437f", "#5b8c2a", "#8d6e63", "#d1a000", "#5f7a94", "#b5452f", "#2aa7d6", "#98983a")
+MARKERS = ("o", "s", "D")
 Line = Mapping[str, Mapping[int, Sequence[float]]]  # column of COMPARED -> number of steps -> the value of each seed
 
 
@@ -150,15 +151,17 @@ def comparison(
     `strong`: the one that stands out. The teacher is a level across. The undistilled model's line may leave the
     picture: the others decide what is in it.
     """
-    colours = {
-        label: OTHERS[number % len(OTHERS)] for number, label in enumerate(name for name in lines if name != strong)
-    }
+    others = [name for name in lines if name != strong]
+    styles = {strong: (theme.student, "o")}
+    for number, name in enumerate(others):  # once the colours are used up, another marker goes round with them
+        styles[name] = OTHERS[number % len(OTHERS)], MARKERS[number // len(OTHERS) % len(MARKERS)]
     with _figure((11, 3.9), theme) as (figure, buffer):
         for axes, (column, title) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
             seen = [values for line in (*lines.values(), teacher) for values in line.get(column, {}).values()]
             for label, line in lines.items():
+                colour, marker = styles[label]
                 width = 2.2 if label == strong else 1.1
-                _line(axes, label, line.get(column, {}), colours.get(label, theme.student), linewidth=width)
+                _line(axes, label, line.get(column, {}), colour, linewidth=width, marker=marker)
             _line(axes, "undistilled", undistilled.get(column, {}), theme.undistilled, linestyle=":")
             for values in teacher.get(column, {}).values():
                 axes.axhline(np.mean(values), color=theme.teacher, linestyle="--", linewidth=1.2, label="teacher")
