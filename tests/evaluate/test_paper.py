@@ -17,6 +17,7 @@ from hypersd import cli, paper
 from hypersd.distill.recipe import load_recipe
 from hypersd.distill.stage import GuidedStage
 from hypersd.errors import HypersdError
+from hypersd.evaluate import plots
 from hypersd.evaluate.metrics import Moments, frechet_distance
 from hypersd.evaluate.paper import (
     COLUMNS,
@@ -241,6 +242,14 @@ def test_what_is_judged_by_stage_are_the_weights_of_that_stage(tmp_path: Path, m
     job = Paper(tmp_path / "out", tmp_path / "paper.jsonl", budget=40.0, samples=16, device="cpu")
     found = {v.by_stage: job.weights(v, 4, 0)[0].name for v in VARIANTS if v.folder == "tscd-8-4-2-1"}
     assert found == {False: "lora.safetensors", True: "lora-4step.safetensors"}
+
+
+def test_what_is_worse_than_nothing_does_not_set_the_scale() -> None:
+    undistilled = {"frechet": {1: [40.0], 2: [7.0]}}
+    assert plots._is_worse({"frechet": {1: [140.0, 90.0], 2: [120.0]}}, undistilled)
+    for line in ({"frechet": {1: [140.0], 2: [6.0]}}, {"frechet": {4: [140.0]}}, {}):
+        assert not plots._is_worse(line, undistilled)
+    assert not plots._is_worse({"frechet": {1: [140.0]}}, {})
 
 
 def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None:
