@@ -171,7 +171,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
         "[train]\nbatch_size = 1\naccumulation = 2\nlearning_rate = 1e-3\n"
         '[[stages]]\nmethod = "tscd"\nsegments = 2\niterations = 2\n'
     )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     found = []
     for name, launch in ("one", []), ("two", torchrun):
         command = [sys.executable, *launch, "-m", "hypersd", "distill", str(recipe), "--out", name, "--device", "cpu"]
