@@ -67,21 +67,21 @@ HYPERSD_BF16_INLINE void columns(const Words& o, int64_t column) {
 #if HYPERSD_TILES
 // The same by the tile unit. Where a is read across (a_row is 1), whole vectors of rows can be read.
 HYPERSD_AMX void product_tiles(const Words& o) {
-  static thread_local std::vector<char> left;
-  static thread_local std::vector<int32_t> end;  // the last, incomplete tile of b
+  static thread_local CacheLines left, end;  // end: the last, incomplete tile of b
   static thread_local std::vector<Chunk> chunks;
   const int64_t tiles = (o.rows + kTileRows - 1) / kTileRows, number = (o.inner + 15) / 16, rest = o.inner % 16;
-  if (const int64_t size = tiles * number * kTileBytes; static_cast<int64_t>(left.size()) < size) left.resize(size);
+  left.reserve(tiles * number * kTileBytes);
   chunks.resize(number);
   if (rest) {
-    end.assign(16 * o.n, 0);
-    for (int64_t i = 0; i < rest; ++i) std::memcpy(end.data() + i * o.n, o.b + ((number - 1) * 16 + i) * o.ldb, 4 * o.n);
+    end.reserve(64 * o.n);
+    std::memset(end.data, 0, 64 * o.n);
+    for (int64_t i = 0; i < rest; ++i) std::memcpy(end.data + 4 * i * o.n, o.b + ((number - 1) * 16 + i) * o.ldb, 4 * o.n);
   }
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rows = o.rows - t * kTileRows < kTileRows ? o.rows - t * kTileRows : kTileRows;
     for (int64_t c = 0; c < number; ++c) {
       const int64_t units = o.inner - 16 * c < 16 ? o.inner - 16 * c : 16;
-      int32_t* const to = reinterpret_cast<int32_t*>(left.data() + (t * number + c) * kTileBytes);
+      int32_t* const to = reinterpret_cast<int32_t*>(left.data + (t * number + c) * kTileBytes);
       if (o.a_inner == 1) {
         const __mmask16 mask = static_cast<__mmask16>((1u << units) - 1);
         for (int64_t i = 0; i < rows; ++i)
@@ -98,7 +98,7 @@ HYPERSD_AMX void product_tiles(const Words& o) {
     const bool wide = o.n - column > 16;
     for (int64_t t = 0; t < tiles; t += 2) {
       const int64_t rows = o.rows - t * kTileRows < 32 ? o.rows - t * kTileRows : 32;
-      const char* const from = left.data() + t * number * kTileBytes;
+      const char* const from = left.data + t * number * kTileBytes;
       for (int64_t c = 0; c < number; ++c)  // every chunk has the stride of the whole ones but the last
         chunks[c] = {reinterpret_cast<const int32_t*>(o.b) + 16 * c * o.ldb + column, c};
       const Sums target{o.c + t * kTileRows * o.ldc + column, 4 * o.ldc}, buffer{sums, 4 * 32};
@@ -106,12 +106,12 @@ HYPERSD_AMX void product_tiles(const Words& o) {
       const Sums& out = whole ? target : buffer;
       for (int64_t i = 0; i < rows && o.accumulate && !whole; ++i)
         std::memcpy(buffer.rows(i), target.rows(i), wide ? 128 : 64);
-      const auto sum = sum_tiles_for(rows > 16, wide);
-      sum(from, from + number * kTileBytes, chunks.data(), number - (rest > 0), 0, 4 * o.ldb,
+      const auto sum = sum_tiles_for<BFloat16>(rows > 16, wide);
+      sum(from, from + number * kTileBytes, chunks.data(), number - (rest > 0), 4 * o.ldb,
           o.accumulate ? out : Sums{nullptr, 0}, out);
       if (rest) {
-        const Chunk last{end.data() + column, number - 1};
-        sum(from, from + number * kTileBytes, &last, 1, 0, 4 * o.n, out, out);
+        const Chunk last{reinterpret_cast<int32_t*>(end.data) + column, number - 1};
+        sum(from, from + number * kTileBytes, &last, 1, 4 * o.n, out, out);
       }
       for (int64_t i = 0; i < rows && !whole; ++i) std::memcpy(target.rows(i), buffer.rows(i), wide ? 128 : 64);
     }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "amx.h"
@@ -95,13 +96,26 @@ Matrix tap_of(const View& w, const Shape& s, int64_t tap, bool transposed) {
   return {data, w.type, w.stride[1], w.stride[0], w.size[1]};
 }
 
+// What a thread's second cache keeps of one side of a product beside the other.
+constexpr int64_t kCache = int64_t{1} << 20;
+
+// Rows of a block of a left side of so many units: on the tile unit as many as stay in the second cache, where the packed
+// weight then passes fewer times.
+template <class E>
+int64_t block_of(int64_t units) {
+  if (!tiled<E>()) return kBlock;
+  const int64_t fitting = kCache / (4 * units + 1) / 32 * 32;
+  return std::min<int64_t>(std::max(fitting, kBlock), 8 * kBlock);
+}
+
 // Runs task(first, count) over blocks of rows, in parallel where there is work for more than one thread.
-template <class F>
-void over_blocks(int64_t rows, int64_t flops_of_row, const F& task) {
-  const int64_t groups = (rows + kGroup - 1) / kGroup, grain = 3000000 / (flops_of_row * kGroup + 1) + 1;
+template <class E, class F>
+void over_blocks(int64_t rows, int64_t block, int64_t flops_of_row, const F& task) {
+  const int64_t group = tiled<E>() ? 32 : kGroup;
+  const int64_t groups = (rows + group - 1) / group, grain = 3000000 / (flops_of_row * group + 1) + 1;
   const auto run = [&](int64_t begin, int64_t end) {
-    const int64_t last = end * kGroup < rows ? end * kGroup : rows;
-    for (int64_t m = begin * kGroup; m < last; m += kBlock) task(m, last - m < kBlock ? last - m : kBlock);
+    const int64_t last = end * group < rows ? end * group : rows;
+    for (int64_t m = begin * group; m < last; m += block) task(m, last - m < block ? last - m : block);
   };
   if (groups > grain) parallel_for(groups, grain, run);
   else run(0, groups);
@@ -145,24 +159,37 @@ void pack_folded(const Shape& s, const View& w, const View& a, const View& b, fl
   }
 }
 
+// The same panel in three parts.
+void pack_folded_parts(const Shape& s, const View& w, const View& a, const View& b, float scale, int64_t column, int64_t count,
+                       int32_t* panel) {
+  const int64_t width = padded(count);
+  std::vector<int32_t> whole(s.taps() * s.in * width);
+  pack_folded(s, w, a, b, scale, column, count, whole.data());
+  const Matrix tap{nullptr, Type::float32, 0, 0, s.in};
+  for (int64_t t = 0; t < s.taps(); ++t)
+    split_panel(whole.data() + t * s.in * width, s.in, width, panel + t * units_of<Triple>(tap) * width);
+}
+
+template <class E>
+Segment segment_of(const Matrix& part, const char* const* rows = nullptr) {
+  return {rows, units_of<E>(part), 4, part.inner};
+}
+
 template <class E>
 void pack_narrow(const std::vector<Matrix>& parts, int64_t columns, int32_t* out) {
-  pack_all(units_of<E>(parts), columns, out,
+  pack_all(units_of<E>(parts), columns, panel_of<E>(), out,
            [&](int64_t column, int64_t some, int32_t* panel) { pack_parts<E>(parts, column, some, panel); });
 }
 
-// What a thread's second cache keeps of one side of a product beside the other.
-constexpr int64_t kCache = int64_t{1} << 20;
-
 // Whether panels of columns, packed by whoever needs them, are to meet all rows, or blocks of rows the whole packed weight: what
 // moves less memory. By panels the left side is read once a panel, if no cache keeps it; by blocks the packed weight is
-// written and read, and read again by every block, if no cache keeps that. Tiles are copies of the left side: by panels where
-// they are small, and small beside the weight.
+// written and read, and read again by every block, if no cache keeps that. Tiles are copies of the left side: by panels each
+// thread makes its own.
 template <class E>
 bool panels_first(int64_t left_bytes, int64_t units, int64_t rows, int64_t columns) {
-  const int64_t right_bytes = 4 * units * columns, blocks = (rows + kBlock - 1) / kBlock;
-  if (tiled<E>()) return 4 * units * rows <= std::min(kCache, right_bytes / 2);
-  const int64_t by_panels = left_bytes > kCache ? left_bytes * ((columns + kPanel - 1) / kPanel) : 0;
+  const int64_t block = block_of<E>(units), blocks = (rows + block - 1) / block, wide = panel_of<E>();
+  const int64_t right_bytes = 4 * units * columns, left = tiled<E>() ? 4 * units * rows : left_bytes;
+  const int64_t by_panels = (tiled<E>() ? 2 * left : 0) + (left > kCache ? left * ((columns + wide - 1) / wide) : 0);
   return by_panels <= right_bytes * (right_bytes > kCache ? 3 + blocks : 3);
 }
 
@@ -173,15 +200,15 @@ void by_panels(const std::vector<Segment>& parts, int64_t rows, int64_t columns,
                const char* zero, const float* start, const Pack& pack_one) {
   int64_t units = 0;
   for (const Segment& part : parts) units += part.units;
-  const int64_t count = static_cast<int64_t>(parts.size()), block = tiled<E>() ? rows : kBlock;
-  const int64_t blocks = rows ? (rows + block - 1) / block : 0, tasks = blocks * ((columns + kPanel - 1) / kPanel);
+  const int64_t wide = panel_of<E>(), count = static_cast<int64_t>(parts.size()), block = tiled<E>() ? rows : kBlock;
+  const int64_t blocks = rows ? (rows + block - 1) / block : 0, tasks = blocks * ((columns + wide - 1) / wide);
   const auto run = [&](int64_t begin, int64_t end) {
-    Scratch scratch(Use::panel, Scratch::room<int32_t>(units * kPanel));
-    int32_t* const panel = scratch.take<int32_t>(units * kPanel);
+    Scratch scratch(Use::panel, Scratch::room<int32_t>(units * wide));
+    int32_t* const panel = scratch.take<int32_t>(units * wide);
     std::vector<Segment> segments(parts);
     std::optional<LeftSide<E>> left;
     for (int64_t task = begin, packed = -1, at = -1; task < end; ++task) {
-      const int64_t column = task / blocks * kPanel, width = columns - column < kPanel ? columns - column : kPanel;
+      const int64_t column = task / blocks * wide, width = columns - column < wide ? columns - column : wide;
       const int64_t first = task % blocks * block, some = rows - first < block ? rows - first : block;
       if (packed != column) pack_one(column, width, panel), packed = column;
       if (at != first) {
@@ -191,7 +218,7 @@ void by_panels(const std::vector<Segment>& parts, int64_t rows, int64_t columns,
       left->times(panel, column, width, start, const_cast<char* const*>(table + count * rows + first), 1.0f);
     }
   };
-  const int64_t each = 2 * units * E::per * kPanel * (rows < block ? rows : block), grain = 3000000 / (each + 1) + 1;
+  const int64_t each = 2 * units * E::per * wide * (rows < block ? rows : block), grain = 3000000 / (each + 1) + 1;
   if (tasks > grain) parallel_for(tasks, grain, run);
   else run(0, tasks);
 }
@@ -209,7 +236,7 @@ void forward(const Shape& s, const View& x, const View& w, const std::optional<T
     wide.push_back(tap_of(w, s, t, false));
   }
   std::vector<Segment> parts;
-  for (const Matrix& part : wide) parts.push_back({nullptr, units_of<E>(part), 4});
+  for (const Matrix& part : wide) parts.push_back(segment_of<E>(part));
   const int64_t count_of_parts = first_tap + taps, listed = count_of_parts + 1;  // the rows of y come last
   const int64_t units = units_of<E>(wide);
   // S and y of a block of rows, which tiles copy once; or S of all rows, then y by panels
@@ -226,16 +253,17 @@ void forward(const Shape& s, const View& x, const View& w, const std::optional<T
   char* const s_rows = kept ? kept : reinterpret_cast<char*>(scratch.take<int32_t>(s_size));
   const char** const table = scratch.take<const char*>(listed * rows);
   const auto pack_w = [&](int64_t column, int64_t columns, int32_t* panel) {
-    if (fold) pack_folded(s, w, a, b, scale, column, columns, panel);
+    if (fold && std::is_same<E, Triple>::value) pack_folded_parts(s, w, a, b, scale, column, columns, panel);
+    else if (fold) pack_folded(s, w, a, b, scale, column, columns, panel);
     else pack_parts<E>(wide, column, columns, panel);
   };
   if (!fold) pack_narrow<E>(narrow, s.rank, packed_a);
-  if (blocks) pack_all(units, s.out, packed_w, pack_w);
+  if (blocks) pack_all(units, s.out, panel_of<E>(), packed_w, pack_w);
   widen_bias<E>(bias, s.out, start);
   const char* const zero = zeros(s.in * item);
 
   const int64_t flops = 2 * (fold ? 0 : taps * s.in * s.rank) + (blocks ? 2 * (taps * s.in + s.rank) * s.out : 100 * taps);
-  over_blocks(rows, flops, [&](int64_t first, int64_t count) {
+  over_blocks<E>(rows, block_of<E>(units), flops, [&](int64_t first, int64_t count) {
     std::vector<Segment> segments(parts);
     for (int64_t p = 0; p < count_of_parts; ++p) segments[p].rows = table + p * rows + first;
     for (int64_t m = first; m < first + count; ++m) {
@@ -303,6 +331,7 @@ template <class E, class Rows, class Store>
 void outer(const int32_t* left, int64_t across, int64_t step, int64_t rank, int64_t rows, int64_t column,
            int64_t columns, const char* zero, const Rows& right_row, const Store& store) {
   constexpr int64_t units_of_chunk = 64 * E::per, chunk = units_of_chunk * E::per;
+  const int64_t wide = panel_of<E>();
   alignas(64) int32_t right[units_of_chunk * kPanel];
   std::vector<float> total(rank * kPanel);
   std::vector<char*> totals(rank);
@@ -312,7 +341,10 @@ void outer(const int32_t* left, int64_t across, int64_t step, int64_t rank, int6
   for (int64_t m = 0; m < rows; m += chunk) {
     const int64_t count = rows - m < chunk ? rows - m : chunk, units = (count + E::per - 1) / E::per;
     for (int64_t i = 0; i < count; ++i) found[i] = right_row(m + i);
-    interleave<E>(found, count, columns, column, zero, padded(columns), right);
+    for (int64_t j = 0; j < columns; j += wide) {
+      const int64_t some = columns - j < wide ? columns - j : wide;
+      interleave<E>(found, count, some, column + j, zero, padded(some), right + units * j);
+    }
     for (int64_t i = 0; i < rank; ++i)
       lefts[i] = reinterpret_cast<const char*>(left + i * across + m / E::per * step);
     const Segment segment{lefts.data(), units, 4 * step};
@@ -327,6 +359,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
               const View& b, float scale, char* dx, const View* da, const View* db) {
   constexpr int64_t item = sizeof(typename E::Element);
   const int64_t taps = s.taps(), rows = s.results();
+  using Gradient = std::conditional_t<std::is_same<E, Triple>::value, Float32, E>;  // of dA and dB
   const std::vector<Matrix> shrink{{b.data, b.type, b.stride[0], b.stride[1], s.out}};
   std::vector<Matrix> narrow, wide;
   for (int64_t t = 0; t < taps; ++t) {
@@ -362,40 +395,46 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
   };
   pack_narrow<E>(shrink, s.rank, packed_b);
   if (again) pack_narrow<E>(narrow, s.rank, packed_a);
-  if (dx && blocks) pack_all(units, s.in, packed_w, pack_w);
+  if (dx && blocks) pack_all(units, s.in, panel_of<E>(), packed_w, pack_w);
   const int64_t widest = s.in > s.out ? s.in : s.out;
   const char* const zero = zeros((widest > s.rank ? widest : s.rank) * item);
 
-  over_blocks(rows, 2 * s.rank * (s.out + (again ? taps * s.in : 0)), [&](int64_t first, int64_t count) {
-    const char* left[kBlock];
-    char* ds_rows[kBlock];
-    char* s_rows[kBlock];
+  // Where input and output pixels are the same, dS and dx of a block of rows, which tiles copy once
+  const bool together = dx && blocks && taps == 1 && s.sh * s.sw == 1 && s.ph + s.pw == 0;
+  const int64_t narrow_flops = 2 * s.rank * (s.out + (again ? taps * s.in : 0));
+  const int64_t joint_flops = together ? narrow_flops + 2 * (s.out + s.rank) * s.in : narrow_flops;
+  over_blocks<E>(rows, together ? block_of<E>(units) : kBlock, joint_flops, [&](int64_t first, int64_t count) {
+    std::vector<const char*> left(count);
+    std::vector<char*> ds_rows(count), s_rows(count), out(together ? count : 0);
     for (int64_t i = 0; i < count; ++i) {
       left[i] = dy.data + (first + i) * s.out * item;
       ds_rows[i] = ds + (first + i) * s.rank * item;
       s_rows[i] = (kept ? const_cast<char*>(kept) : computed) + (first + i) * s.rank * item;
+      if (together) out[i] = dx + (first + i) * s.in * item;
     }
-    const Segment of_dy{left, units_of<E>(shrink), 4};
-    LeftSide<E>(&of_dy, 1, count, zero).times(packed_b, 0, s.rank, nullptr, ds_rows, scale);
     if (again) {
-      std::vector<const char*> gathered(taps * kBlock);
+      std::vector<const char*> gathered(taps * count);
       std::vector<Segment> segments(taps);
       for (int64_t t = 0; t < taps; ++t) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t from = s.source(first + i, t);
-          gathered[t * kBlock + i] = from < 0 ? zero : x.data + from * s.in * item;
+          gathered[t * count + i] = from < 0 ? zero : x.data + from * s.in * item;
         }
-        segments[t] = {gathered.data() + t * kBlock, units_of<E>(narrow[t]), 4};
+        segments[t] = segment_of<E>(narrow[t], gathered.data() + t * count);
       }
-      LeftSide<E>(segments.data(), taps, count, zero).times(packed_a, 0, s.rank, nullptr, s_rows, scale);
+      LeftSide<E>(segments.data(), taps, count, zero).times(packed_a, 0, s.rank, nullptr, s_rows.data(), scale);
     }
+    const Segment both[2] = {segment_of<E>(wide[0], ds_rows.data()), segment_of<E>(shrink[0], left.data())};
+    LeftSide<E> side(together ? both : both + 1, together ? 2 : 1, count, zero);
+    side.times(packed_b, 0, s.rank, nullptr, ds_rows.data(), scale, together ? 1 : 0);
+    if (together) side.times(packed_w, 0, s.in, nullptr, out.data(), 1.0f);
     if (paired) {
-      across_rows(ds_rows, count, s.rank, zero, pitch, ds_units + first / 2);
-      across_rows(s_rows, count, s.rank, zero, pitch, s_units + first / 2);
+      across_rows(ds_rows.data(), count, s.rank, zero, pitch, ds_units + first / 2);
+      across_rows(s_rows.data(), count, s.rank, zero, pitch, s_units + first / 2);
     }
   });
 
-  if (dx) {
+  if (dx && !together) {
     // Under a stride an input pixel is read at few taps; pixels with the same taps go together, the others are skipped.
     std::vector<int64_t> order;
     if (s.sh * s.sw > 1)
@@ -403,9 +442,9 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         for (int64_t p = 0; p < sources; ++p)
           if (p % s.in_w % s.sw == phase % s.sw && p / s.in_w % s.in_h % s.sh == phase / s.sw) order.push_back(p);
     std::vector<Segment> parts;
-    for (const Matrix& part : wide) parts.push_back({nullptr, units_of<E>(part), 4});
+    for (const Matrix& part : wide) parts.push_back(segment_of<E>(part));
     const int64_t flops = blocks ? 2 * taps * (s.out + s.rank) * s.in / (s.sh * s.sw) : 100 * taps;
-    over_blocks(sources, flops, [&](int64_t first, int64_t count) {
+    over_blocks<E>(sources, block_of<E>(units), flops, [&](int64_t first, int64_t count) {
       for (int64_t i = first; i < first + count; ++i) {
         const int64_t p = order.empty() ? i : order[i];
         for (int64_t t = 0; t < taps; ++t) {
@@ -435,14 +474,14 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
         const int64_t columns = size - column < kPanel ? size - column : kPanel;
         if (of_a) {
           const int64_t row_stride = s.in * taps;  // da is (rank, in, kh, kw), contiguous
-          outer<E>(ds_units, across, step, s.rank, rows, column, columns, zero,
+          outer<Gradient>(ds_units, across, step, s.rank, rows, column, columns, zero,
                    [&](int64_t m) {
                      const int64_t from = s.source(m, tap);
                      return from < 0 ? zero : x.data + from * s.in * item;
                    },
                    [&](int64_t i, int64_t j, float v) { store_grad(*da, i * row_stride + j * taps + tap, v); });
         } else {
-          outer<E>(s_units, across, step, s.rank, rows, column, columns, zero,
+          outer<Gradient>(s_units, across, step, s.rank, rows, column, columns, zero,
                    [&](int64_t m) { return static_cast<const char*>(dy.data) + m * s.out * item; },
                    [&](int64_t i, int64_t j, float v) { store_grad(*db, j * s.rank + i, v); });
         }
@@ -452,6 +491,15 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
     if (rows * s.rank * (taps * s.in + s.out) > 1000000) parallel_for(tasks, 1, run);
     else run(0, tasks);
   }
+}
+
+// Whether float32 is multiplied in three parts: by the tile unit, from as many rows as pay for taking the weight apart.
+bool in_parts(const Shape& s) {
+#if HYPERSD_TILES
+  return isa() == Isa::amx && s.results() >= 2 * kTileRows;
+#else
+  return false;
+#endif
 }
 
 #endif
@@ -510,7 +558,8 @@ std::tuple<Tensor, Tensor> lora_rows(Tensor x, Tensor weight, std::optional<Tens
   Tensor kept = keep ? made_rows(s.results(), s.rank, in.type) : nothing(in.type);
   char* const kept_data = keep ? data_of(kept) : nullptr;
   const float factor = static_cast<float>(scale);
-  if (in.type == Type::float32) forward<Float32>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, fold);
+  if (in.type == Type::float32 && in_parts(s)) forward<Triple>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, fold);
+  else if (in.type == Type::float32) forward<Float32>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, fold);
   else forward<BFloat16>(s, in, w, bias, va, vb, factor, data_of(y), kept_data, false);
   return {y, kept};
 #else
@@ -535,7 +584,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_rows_backward(Tensor dy, Tensor x, Tenso
   char* const to = need_x ? data_of(dx) : nullptr;
   const View* const oa = need_adapter ? &out_a : nullptr;
   const float factor = static_cast<float>(scale);
-  if (in.type == Type::float32) backward<Float32>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
+  if (in.type == Type::float32 && in_parts(s)) backward<Triple>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
+  else if (in.type == Type::float32) backward<Float32>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
   else backward<BFloat16>(s, grad, in, kept, w, va, vb, factor, to, oa, &out_b);
   return {dx, da, db};
 #else

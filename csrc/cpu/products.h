@@ -35,6 +35,7 @@ struct BFloat16 {
   static constexpr Type type = Type::bfloat16;
   static constexpr int64_t per = 2;
 };
+struct Triple;  // float32 as three bfloat16: triple.h
 
 inline bool has_bfloat16() {
   static const bool has = __builtin_cpu_supports("avx512bf16");
@@ -48,6 +49,7 @@ constexpr int64_t kSum = 128;  // units summed on their own: one long float32 su
 struct Segment {
   const char* const* rows;  // of the left side
   int64_t units, step;      // units of the inner dimension, bytes from one to the next
+  int64_t inner = 0;        // elements, where units do not say it
 };
 
 struct Target {
@@ -309,13 +311,13 @@ inline void pack_parts(const std::vector<Matrix>& parts, int64_t column, int64_t
   }
 }
 
-// Every panel by pack_one(column, columns, memory).
+// Every panel, `wide` columns each, by pack_one(column, columns, memory).
 template <class Pack>
-inline void pack_all(int64_t units, int64_t columns, int32_t* out, const Pack& pack_one) {
-  const int64_t panels = (columns + kPanel - 1) / kPanel, grain = (int64_t{1} << 16) / (units * kPanel + 1) + 1;
+inline void pack_all(int64_t units, int64_t columns, int64_t wide, int32_t* out, const Pack& pack_one) {
+  const int64_t panels = (columns + wide - 1) / wide, grain = (int64_t{1} << 16) / (units * wide + 1) + 1;
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t column = begin * kPanel; column < end * kPanel && column < columns; column += kPanel)
-      pack_one(column, columns - column < kPanel ? columns - column : kPanel, out + units * column);
+    for (int64_t column = begin * wide; column < end * wide && column < columns; column += wide)
+      pack_one(column, columns - column < wide ? columns - column : wide, out + units * column);
   };
   if (panels > grain) parallel_for(panels, grain, run);
   else run(0, panels);

@@ -4,6 +4,9 @@
 rows: base product, update and bias share one float32 sum, rounded once; dA and dB are summed in float32 as well. Only
 S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
 rows_fold (y alone, float32): scale b a joins W as W is packed for the product, and no W' is ever written to memory.
+
+On CPUs with a tile unit for bfloat16 (AMX), products of float32 from 32 rows on go there in three parts each
+(csrc/cpu/triple.h): no less exact than float32 sums, but an infinity ends as NaN.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from hypersd.kernels import _native
 
 PANEL = 1536 << 10  # bytes of packed weight that meet every row again: what the second-level cache keeps
+TILED = 4  # times as much where the tile unit takes it in stretches that the first cache keeps
 LAST = torch.channels_last
 
 
@@ -29,18 +33,22 @@ def takes(x: Tensor, weight: Tensor, a: Tensor, backward: bool = True) -> bool:
 
 def fits(dtype: torch.dtype, weight_dtype: torch.dtype, weight: torch.Size, rank: int, backward: bool = True) -> bool:
     """`takes` but for the device and the layout."""
-    return dtype == weight_dtype and dtype in _native.lora_dtypes() and _fits(weight, rank, dtype.itemsize, backward)
+    return (
+        dtype == weight_dtype
+        and dtype in _native.lora_dtypes()
+        and _fits(weight, rank, dtype.itemsize, backward, _native.cpu_kind())
+    )
 
 
 @cache
-def _fits(weight: tuple[int, ...], rank: int, itemsize: int, backward: bool) -> bool:
+def _fits(weight: tuple[int, ...], rank: int, itemsize: int, backward: bool, kind: str) -> bool:
     out, inner = weight[0], weight[1]
     per = 4 // itemsize  # bfloat16 is multiplied in pairs
     if rank == 0 or out == 0 or inner == 0 or out % per or inner % per or rank % per:
         return False
     taps = weight[2] * weight[3] if len(weight) == 4 else 1
     summed = max(taps * inner + rank, taps * (out + rank) if backward else 0)
-    return 64 * itemsize * summed <= PANEL
+    return 64 * itemsize * summed <= PANEL * (TILED if kind == "cpu_amx" else 1)
 
 
 def is_last(x: Tensor) -> bool:
