@@ -496,7 +496,7 @@ void backward(const Shape& s, const View& dy, const View& x, const char* kept, c
 // Whether float32 is multiplied in three parts: by the tile unit, from as many rows as pay for taking the weight apart.
 bool in_parts(const Shape& s) {
 #if HYPERSD_TILES
-  return isa() == Isa::amx && s.results() >= 2 * kTileRows;
+  return isa() == Isa::amx && s.results() >= 4 * kTileRows;
 #else
   return false;
 #endif

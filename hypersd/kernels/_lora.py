@@ -33,6 +33,8 @@ MAX_DISTANCE = 2.0  # powers of two, summed over M, K, N, r: a measured row fart
 # Microseconds that a pass over several products of ATen takes beside them, and a call of rows does not: Python,
 # dispatch, tensors in between. Measured on a 32x256x128 layer; the tables have the products alone.
 COMPOSING = 12.0
+# float32 in three parts on the tile unit, which has half its rate where a core is shared: taken where it wins by a fifth.
+IN_PARTS, SHARED = 64, 1.2  # from so many rows on (csrc/cpu/lora.cpp); times what was measured
 
 # Rough rates for shapes that no row is near: FLOP/s, bytes/s, seconds per product.
 _RATES = {"cpu": (1.3e11, 2.0e10, 5e-6), "cuda": (5.0e13, 2.5e12, 5e-6)}
@@ -115,7 +117,10 @@ def _microseconds(
     nearest = min((row for row in rows if row["dtype"] == name), key=away, default=None)
     if nearest is None or away(nearest) > MAX_DISTANCE:
         return analytic(m, k, n, r, device, dtype.itemsize), "analytic"
-    return nearest["us"], f"{source}, row " + "x".join(str(v) for v in nearest["sizes"].values())
+    us = nearest["us"]
+    if device == "cpu_amx" and dtype == torch.float32 and m >= IN_PARTS:
+        us = {part: time * (SHARED if part.startswith("rows") else 1.0) for part, time in us.items()}
+    return us, f"{source}, row " + "x".join(str(v) for v in nearest["sizes"].values())
 
 
 @cache

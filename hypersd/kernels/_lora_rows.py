@@ -5,7 +5,7 @@ rows: base product, update and bias share one float32 sum, rounded once; dA and 
 S = scale a x and dS = scale b^T dY stand in between. Adapters may be float32 beside a bfloat16 layer, without a cast.
 rows_fold (y alone, float32): scale b a joins W as W is packed for the product, and no W' is ever written to memory.
 
-On CPUs with a tile unit for bfloat16 (AMX), products of float32 from 32 rows on go there in three parts each
+On CPUs with a tile unit for bfloat16 (AMX), products of float32 from 64 rows on go there in three parts each
 (csrc/cpu/triple.h): no less exact than float32 sums, but an infinity ends as NaN.
 """
 
