@@ -46,7 +46,7 @@ def backward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> tup
 
 
 @pytest.mark.parametrize("spread", [0, 12])
-@pytest.mark.parametrize("sizes", [(40, 32, 16, 4), (33, 50, 70, 6), (64, 4096, 24, 2), (700, 96, 130, 34)], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 32, 16, 4), (97, 50, 70, 6), (64, 4096, 24, 2), (700, 96, 130, 34)], ids=str)
 def test_float32_keeps_its_digits(instructions, sizes, spread):
     """Each sum against float64, as a share of its products' magnitudes: at most twice what torch's own product loses
     there, or ten roundings."""
@@ -91,5 +91,5 @@ def test_a_row_does_not_depend_on_how_many_there_are(instructions):
     """By panels or by blocks, in tiles full or not: each row is summed alike."""
     inputs = layer(2000, 160, 96, 8)
     whole = forward(**inputs)
-    for count in (40, 333):
+    for count in (64, 333):
         assert torch.equal(forward(**inputs | {"x": inputs["x"][:count]}), whole[:count])
