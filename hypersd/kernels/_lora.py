@@ -33,7 +33,7 @@ MAX_DISTANCE = 2.0  # powers of two, summed over M, K, N, r: a measured row fart
 # Microseconds that a pass over several products of ATen takes beside them, and a call of rows does not: Python,
 # dispatch, tensors in between. Measured on a 32x256x128 layer; the tables have the products alone.
 COMPOSING = 12.0
-# float32 in three parts on the tile unit is taken where it wins by a fifth: shared cores have half of that unit at times.
+# float32 in three parts on the tile unit, of which shared cores at times have half, is taken where it wins by a fifth.
 IN_PARTS, SHARED = 64, 1.2  # from so many rows on (csrc/cpu/lora.cpp); times what was measured
 
 # Rough rates for shapes that no row is near: FLOP/s, bytes/s, seconds per product.
