@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/sanitize"
 TESTS = (
     "test_error_at_most_twice_eagers and cpu and (baseline or avx or amx)",
-    "test_any_memory_order or test_strided_and_expanded or test_random_views or test_bad_arguments",
+    "test_any_memory_order or test_strided_and_expanded or test_random_views or test_bad_arguments or test_lora_rows",
 )
-FILES = ("test_ops.py", "test_random_inputs.py", "test_bad_input.py")
+FILES = ("test_ops.py", "test_random_inputs.py", "test_bad_input.py", "test_lora_rows.py")
 # a tensor that says it is longer than its memory, and one between two addresses that a float may have
 ARMED = {
     "heap-buffer-overflow": "lying(block.data_ptr(), 4100)",
