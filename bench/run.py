@@ -96,7 +96,7 @@ def main(
     every: list[Result] = []
     for name in names:
         for peer, why in peers_of.absent(name, device).items():
-            console.print(f"{name}: {peer} is not available: {why}", style="dim", soft_wrap=True)
+            console.print(f"{name}: {peer} is not available: {why}", style="dim", soft_wrap=True, markup=False)
         rows: list[Result] = []
         for group in measure_op(OPS[name], roof=roof, **options) if name in OPS else others()[name](**options):
             rows += group

@@ -70,7 +70,8 @@ def compare(
     if features == "judge" and not is_embedded(model):
         raise HypersdError("the judge knows emoji scenes only; use --features effnet-lite0", exit_code=2)
     state, metadata = read_weights(lora)
-    numbers = tuple(offered_steps(metadata)) or STEPS
+    offered = offered_steps(metadata)
+    numbers = tuple(offered) if offered and not set(STEPS) <= set(offered) else STEPS  # of 1 to 8 these tell enough
     extractor = effnet_lite0() if features == "effnet-lite0" else None
     out = writable(out)
     backbone, components, process = load_with_lora(model, state, metadata, device, dtype=dtype)

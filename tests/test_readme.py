@@ -66,7 +66,7 @@ def run(tmp_path_factory, tiny_sd_folder):
 
 def test_every_block_is_run_here():
     text = (ROOT / "README.md").read_text("utf-8")
-    assert len(blocks(text)) == 5
+    assert len(blocks(text)) == 6
 
 
 def test_sampling_without_a_pipeline(run):
@@ -86,7 +86,11 @@ def test_a_published_file_without_a_pipeline(run, tiny_sd3_folder, tmp_path):
 
 
 def test_scheduler_in_a_pipeline(run):
-    assert run("pipe.scheduler =")["image"].size == (64, 64)
+    scope = run("pipe.scheduler =")
+    assert scope["image"].size == (64, 64)
+    fused = run("network_of", scope)
+    assert "student" in fused["backbone"].roles
+    assert fused["fused_image"].size == (64, 64)
 
 
 def test_kernels(run):

@@ -155,11 +155,12 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor eps_student, Tensor x_t, Tens
   const View shape(eps_student);
   STD_TORCH_CHECK(shape.dim > 0, "eps_student: expected a batch dimension");
   STD_TORCH_CHECK(kind >= mse && kind <= l1, "kind: unknown");
-  STD_TORCH_CHECK(c > 0 && std::isfinite(c), "c: expected a positive number");
+  STD_TORCH_CHECK(c >= 1e-18 && c <= 1e18, "c: expected a positive number, 1e-18 to 1e18");
   const int64_t batch = shape.size[0], width = batch ? shape.numel / batch : 0;
   const Coefficients k(coef, "coef", batch, 4);
   std::optional<Vector> w;
   if (weight) w.emplace(*weight, "weight", batch);
+  STD_TORCH_CHECK(!w || w->view.dim == 1, "weight: wrong shape");
   for (int64_t row = 0; w && row < batch; ++row)
     STD_TORCH_CHECK(std::isfinite(w->at(row)), "weight: expected finite numbers");
 

@@ -83,6 +83,8 @@ Tensor score_gradient(Tensor x, Tensor x_real, Tensor x_fake, std::optional<Tens
   std::optional<Vector> w;
   if (weight) w.emplace(*weight, "weight", batch);
   STD_TORCH_CHECK(!w || w->view.dim == 1, "weight: wrong shape");
+  for (int64_t row = 0; w && row < batch; ++row)
+    STD_TORCH_CHECK(std::isfinite(w->at(row)), "weight: expected finite numbers");
   std::vector<double> factor(batch);
   Output output(x, shape, true);
   const View layout(output.work());

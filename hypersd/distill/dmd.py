@@ -53,7 +53,7 @@ class DMD(DistributionMatching):
         grids = {1: np.array([trained - 1 if stage.timestep is None else stage.timestep])}
         if stage.consistency == 0:
             return sampling_metadata(stage.method, process, "lcm", grids)
-        grids |= {n: trailing(n, trained) for n in (2, 4, 8)}
+        grids |= {n: trailing(n, trained) for n in range(2, 9)}
         return sampling_metadata(stage.method, process, "tcd", grids, eta=0.3)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:

@@ -79,8 +79,12 @@ class Feedback:
 
     @staticmethod
     def metadata(stage: FeedbackStage, process: NoiseProcess) -> dict[str, str]:
-        """How to sample from the improved weights: as they were sampled when the rewards saw them."""
-        grids = {n: trailing(n, process.num_train_timesteps) for n in sorted(stage.rollout)}
+        """How to sample from the improved weights: as they were sampled when the rewards saw them and, with TCD, whose
+        jumps end anywhere, by every number of steps in between."""
+        numbers = sorted(set(stage.rollout))
+        if stage.solver == "tcd":
+            numbers = list(range(numbers[0], numbers[-1] + 1))
+        grids = {n: trailing(n, process.num_train_timesteps) for n in numbers}
         eta = stage.eta if stage.solver == "tcd" else 0.0
         return sampling_metadata("feedback", process, stage.solver, grids, eta=eta)
 

@@ -17,7 +17,7 @@ from hypersd.errors import HypersdError
 class Monitor(Protocol):
     """Looks at the measures of every step in turn."""
 
-    is_well: bool  # whether the newest step was looked at and found good
+    good_at: int  # the newest step that it looked at, if it found that one good; else -1
 
     def add(self, step: int, measures: Mapping[str, float]) -> str | None:
         """Count one step; a one-line warning with the step and the remedy, or None."""
@@ -40,27 +40,28 @@ class Health:
 
     def __init__(self, alarms: Sequence[Alarm], stage: str) -> None:
         self.alarms, self.stage = tuple(alarms), stage
-        self.is_well = True
+        self.good_at = -1
         self._astray: list[int | None] = [None] * len(self.alarms)  # times on end; None: never measured
+        self._good_at = [-1] * len(self.alarms)
 
     def add(self, step: int, measures: Mapping[str, float]) -> str | None:
         """Count one step; a one-line warning with the step and the remedy, or None."""
         warnings = []
-        self.is_well = True
         for i, alarm in enumerate(self.alarms):
             value, astray = measures.get(alarm.measure), self._astray[i] or 0
             if value is None or astray >= alarm.patience:
-                self.is_well &= self._astray[i] is None
                 continue
             is_in = alarm.low <= value <= alarm.high
             self._astray[i] = 0 if is_in else astray + 1
-            self.is_well &= is_in
+            self._good_at[i] = step if is_in else -1
             if self._astray[i] == alarm.patience:
                 often = f", {alarm.patience} times on end" if alarm.patience > 1 else ""
                 warnings.append(
                     f"stage {self.stage}, step {step}: {alarm.says} ({alarm.measure} {value:.3g}{often}); "
                     f"{alarm.remedy}"
                 )
+        known = [good for good, astray in zip(self._good_at, self._astray, strict=True) if astray is not None]
+        self.good_at = min(known, default=step)
         return "; ".join(warnings) or None
 
 
@@ -68,7 +69,8 @@ class Guard:
     """What every line of a run's log goes through before it is written.
 
     It stops the run at a number that is not finite, asks the monitors, and sees to it that `good`, a second name of a
-    checkpoint, is the newest one that they all found good. Once one of them has warned, that file stays as it is.
+    checkpoint, is the newest one that each of them found good, then or later. Some look at every step and some now and
+    then: it is the newest look of each that counts. Once one of them has warned, that file stays as it is.
     history: the lines that a resumed run goes on from. Without `keeps` it only looks for numbers that are not finite.
     """
 
@@ -77,9 +79,12 @@ class Guard:
         self.checkpoint, self.good, self.history = checkpoint, good_name(checkpoint), history
         self.has_warned = any("warning" in row for row in history)
         self.monitors: tuple[Monitor, ...] = ()
+        self.saved_at = 0  # steps done in the newest checkpoint
 
-    def begin(self, stage: int, monitors: Iterable[Monitor]) -> None:
-        """A stage begins, or goes on; its monitors are told what they have seen before."""
+    def begin(self, stage: int, monitors: Iterable[Monitor], saved_at: int = 0) -> None:
+        """A stage begins, or goes on from a checkpoint after `saved_at` steps; its monitors are told what they have
+        seen before."""
+        self.saved_at = saved_at
         self.monitors = tuple(monitors) if self.keeps else ()
         before = [row for row in self.history if row["index"] == stage]
         for row in before:
@@ -102,9 +107,13 @@ class Guard:
             self.has_warned = True
             warning = f"{warning}; to undo it, {self._way_back()}"
             logging.getLogger("hypersd").warning("%s", warning)
-        elif all(monitor.is_well for monitor in self.monitors):
+        elif all(monitor.good_at + 1 >= self.saved_at for monitor in self.monitors):  # a look is after its step
             self._keep()
         return warning
+
+    def saved(self, step: int) -> None:
+        """There is a new checkpoint, after so many steps of the stage."""
+        self.saved_at = step
 
     def end(self) -> None:
         """The run is over. Where nothing was wrong there is nothing to go back to."""

@@ -51,7 +51,7 @@ class DistributionMatching:
         last = self.process.num_train_timesteps - 1
         low, high = stage.t_range
         self.levels = max(0, int(low * last)), min(last, int(high * last))
-        self.guided = stage.teacher_passes == 2 and not context.embeds_guidance
+        self.guided = stage.score_passes == 2 and not context.embeds_guidance
         self.critic: BottleneckCritic | None = None
         if stage.adversarial_weight > 0:
             self.critic = BottleneckCritic(context.backbone, FAKE)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ class DistributionMatching:
         cond, size = batch.cond, len(x)
         with torch.no_grad():
             t = draw.host.integers(self.levels[0], self.levels[1] + 1, size)
-            guidance = draw.host.uniform(*self.matching.guidance_scale, size)
+            guidance = draw.host.uniform(*self.matching.score_guidance, size)
             x_t = self.diffuse(x, t, draw)
             x_real = self.clean(x_t, t, cond, self.real_role, guidance if self.real_role == BASE else None)
             x_fake = self.clean(x_t, t, cond, FAKE)

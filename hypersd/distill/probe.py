@@ -24,16 +24,17 @@ from hypersd.distill.stage import BaseStage
 from hypersd.distill.stages import FeedbackStage
 from hypersd.kernels import affine_step
 from hypersd.models.noise_process import NoiseProcess
-from hypersd.sampling.sampler import denoiser, sample, sampler_for
+from hypersd.sampling.sampler import denoiser, offered_steps, sample, sampler_for
 
 CAPTIONS, NOISES = 4, 4
+STEPS = 4  # or what the file offers next to it
 LEVEL = 0.1  # of all timesteps: where the frozen model is asked
 CELLS = 4  # a side
 LEAST_VARIETY = 0.5
 
 
 class Probe:
-    """Samples by the rules of the stage's own file, in a middle one of its numbers of steps, of `role`.
+    """Samples by the rules of the stage's own file, in four steps or the number next to it, of `role`.
 
     backbone, process, uncond: see method.Context. metadata: what the stage's LoRA file says about sampling.
     `start` is what `look` compares with; it belongs into a checkpoint. Raises nothing of its own.
@@ -52,8 +53,8 @@ class Probe:
         device: torch.device,
     ) -> None:
         self.backbone, self.process, self.batch_size, self.device = backbone, process, batch_size, device
-        steps = sorted(int(number) for number in metadata["steps"].split(","))
-        self.table = sampler_for(process, metadata, steps[len(steps) // 2])
+        steps = min(offered_steps(metadata), key=lambda number: abs(number - STEPS))
+        self.table = sampler_for(process, metadata, steps)
         self.seed, count = seed, min(CAPTIONS, len(dataset))
         batch = dataset.batch(0, count, seed=seed)
         self.cond = {name: values.to(device).repeat_interleave(NOISES, 0) for name, values in batch.cond.items()}

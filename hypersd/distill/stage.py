@@ -118,15 +118,14 @@ class GuidedStage(BaseStage):
 
     @model_validator(mode="after")
     def _range(self) -> GuidedStage:
-        if self.guidance_scale[0] > self.guidance_scale[1]:
-            raise ValueError(
-                f"guidance_scale {list(self.guidance_scale)} is not a range; the smaller value comes first"
-            )
-        if self.guidance_scale[0] < 1:
-            raise ValueError(
-                f"guidance_scale {list(self.guidance_scale)} goes below 1, towards the empty caption; "
-                "use [1, 1] for no guidance"
-            )
+        for name in ("guidance_scale", "real_guidance_scale"):
+            low, high = getattr(self, name, None) or (1.0, 1.0)
+            if low > high:
+                raise ValueError(f"{name} {[low, high]} is not a range; the smaller value comes first")
+            if low < 1:
+                raise ValueError(
+                    f"{name} {[low, high]} goes below 1, towards the empty caption; use [1, 1] for no guidance"
+                )
         return self
 
     @property
@@ -185,6 +184,15 @@ class MatchingStage(GuidedStage):
         if self.adversarial_weight == 0:
             self._belong("adversarial_weight above 0", "critic_weight")
         return self
+
+    @property
+    def score_guidance(self) -> tuple[float, float]:
+        """That of the base model as the real score."""
+        return getattr(self, "real_guidance_scale", None) or self.guidance_scale
+
+    @property
+    def score_passes(self) -> int:
+        return 1 if self.score_guidance == (1.0, 1.0) else 2
 
     def matching_evaluations(self, simulated: float, real: float) -> tuple[float, float]:
         """Of the student's step, with both scores, and of all the fake score's steps, where a sample takes `simulated`

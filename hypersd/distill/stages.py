@@ -167,7 +167,8 @@ class DMDStage(MatchingStage):
     """Distribution matching on the student's one-step samples (hypersd.distill.dmd).
 
     The student, fed noise at `timestep` (None: the last one), makes x_0. `real_score`: "tscd" is the student as it was
-    when the stage began, "base" the undistilled model with guidance.
+    when the stage began, "base" the undistilled model with guidance: `real_guidance_scale` or, where none is given,
+    `guidance_scale`, which is what the consistency loss is taught with.
     `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
     what the beginning's weights make of the same noise in `anchor_steps` steps. DMD's anchor, pairs of noise and
     what the teacher's ODE makes of it, is not here.
@@ -179,6 +180,7 @@ class DMDStage(MatchingStage):
     method: Literal["dmd"]
     timestep: Annotated[int, Field(ge=1)] | None = None
     real_score: Literal["tscd", "base"] = "tscd"
+    real_guidance_scale: Range | None = None
     anchor: Annotated[tuple[NonNegative, NonNegative], Field(strict=False)] = (0.25, 0.05)
     anchor_steps: Positive = 4
     consistency: Probability = 0.3
@@ -187,6 +189,8 @@ class DMDStage(MatchingStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> DMDStage:
+        if self.real_score == "tscd":
+            self._belong('real_score = "base"', "real_guidance_scale")
         if self.consistency == 0:
             self._belong("consistency above 0", "consistency_weight")
             if self.real_score == "tscd":
@@ -231,7 +235,7 @@ class DMDStage(MatchingStage):
 
     @property
     def network_evaluations(self) -> float:
-        student, fake = self.matching_evaluations(0, 1 if self.real_score == "tscd" else self.teacher_passes)
+        student, fake = self.matching_evaluations(0, 1 if self.real_score == "tscd" else self.score_passes)
         student += self.anchor_steps if any(self.anchor) else 0
         joint = self.teacher_passes + 1 + 3
         return (1 - self.consistency) * student + self.consistency * joint + fake

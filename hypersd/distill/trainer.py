@@ -256,7 +256,7 @@ class Trainer:
         self._begin_looks(stage)
         self._build_optimizers(method)
         monitors = [Health(alarms(stage), stage.name)] if self.probe is not None else []
-        self.guard.begin(self.stage, [*getattr(method, "monitors", ()), *monitors])
+        self.guard.begin(self.stage, [*getattr(method, "monitors", ()), *monitors], self.step)
         loss = math.nan
         while self.step < stage.iterations:
             started = time.perf_counter()
@@ -278,6 +278,7 @@ class Trainer:
                 break
             if save:
                 self._save()
+                self.guard.saved(self.step)
             if stop:
                 raise HypersdError(
                     f"stopped in stage {stage.name} after step {self.step}; the state is saved in "

@@ -106,7 +106,7 @@ class TSCD(Consistency):
         which jump from anywhere to anywhere, for 1 to 8 TCD steps."""
         trained, guidance = process.num_train_timesteps, stage.sampling_guidance
         if stage.segments == 1:
-            grids = {n: trailing(n, trained) for n in (1, 2, 4, 8)}
+            grids = {n: trailing(n, trained) for n in range(1, 9)}
             return sampling_metadata("tscd", process, "tcd", grids, eta=0.3, guidance=guidance)
         grids = {stage.segments: trailing(stage.segments, trained)}
         return sampling_metadata("tscd", process, "ddim", grids, eta=0.0, guidance=guidance)

@@ -16,7 +16,7 @@ class Watch:
     An independent measure has fallen when its block lies significantly below the best of the blocks before; a reward
     has risen when it lies significantly above what it was in that best block. Both at once is over-optimisation. Each
     independent measure is reported once. A step is found good when it ends a block that no watched measure has had a
-    better one before.
+    better one before; `good_at` is that of the newest block, or -1.
     """
 
     def __init__(self, optimised: Sequence[str], watched: Sequence[str], every: int, stage: str) -> None:
@@ -24,11 +24,12 @@ class Watch:
         self._values: dict[str, list[float]] = {name: [] for name in (*optimised, *watched)}
         self._blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in self._values}
         self._reported: set[str] = set()
-        self.is_well = not self.watched
+        self.good_at = -1
 
     def add(self, step: int, measures: Mapping[str, float]) -> str | None:
         """Count one step's means; a one-line warning with the step and the remedy, or None."""
-        self.is_well = not self.watched
+        if not self.watched:
+            self.good_at = step
         for name, values in self._values.items():
             values.append(float(measures[name]))
         if not self._values or len(next(iter(self._values.values()))) < self.every:
@@ -37,7 +38,8 @@ class Watch:
             error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
             self._blocks[name].append((float(np.mean(values)), error))
             values.clear()
-        self.is_well = all(self._blocks[name][-1][0] == max(self._blocks[name])[0] for name in self.watched)
+        best_yet = all(self._blocks[name][-1][0] == max(self._blocks[name])[0] for name in self.watched)
+        self.good_at = step if best_yet else -1
         for name in self.watched:
             if name in self._reported:
                 continue

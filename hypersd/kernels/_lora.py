@@ -298,6 +298,8 @@ def check(
     """What both ops ask alike: one dtype, one device, a weight, a bias that fits, a scalar scale."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point one of 16 to 64 bits")
+    if weight.dim() < 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (out, in, ...)")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b)):
         if tensor is None:
             continue
@@ -313,6 +315,14 @@ def check(
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     if scale_tensor is not None and scale_tensor.dim() != 0:
         raise ValueError(f"{op}: scale has shape {tuple(scale_tensor.shape)}, expected a float or a 0-d tensor")
+
+
+def check_scale(name: str, scale: Tensor) -> None:
+    """Raise TypeError unless the tensor holds real numbers, ValueError where it waits for a gradient: none comes."""
+    if scale.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {scale.dtype}, expected a floating-point one of 16 to 64 bits")
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} has requires_grad, expected a constant, as no gradient flows into it: detach it")
 
 
 def mixed(x: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -332,9 +342,14 @@ def arguments(
     x, weight, bias = autocast(x, weight, bias)
     if a.dtype != x.dtype or b.dtype != x.dtype:
         ours = _op.asked_for() in ("auto", "cpp") and not torch.compiler.is_compiling()
-        if not (ours and mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
+        # pools of adapters (3-d) are multiplied by torch, which wants one dtype
+        layer = a.dim() == weight.dim() and weight.dim() in (2, 4)
+        if not (ours and layer and mixed(x, a, b) and _lora_rows.takes(x, weight, a)):
             a, b = a.to(x.dtype), b.to(x.dtype)
     if isinstance(scale, Tensor):
+        check_scale("scale", scale)
+        if scale.device.type == "meta" and x.device.type != "meta":
+            raise ValueError(f"scale is on {scale.device}, expected {x.device} as x, or the CPU")
         return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)
     if torch.compiler.is_compiling():  # there the number may be a symbol
         return x, weight, bias, a, b, float(scale), None

@@ -246,6 +246,19 @@ def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
     return run
 
 
+class _Raises(torch.autograd.Function):
+    """The first `count` tensors as they are; to differentiate them by any of the others raises."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.message = message
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` without a graph of its own: where one is asked for (create_graph), differentiating what it returns
     raises, also where the incoming gradients are constants, as y.sum() sends them."""
@@ -260,6 +273,11 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
+        saved = [t for t in (*ctx.saved_tensors, *grads) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if saved and not torch._C._are_functorch_transforms_active():
+            given = [grad for grad in found if grad is not None]
+            raising = iter(_Raises.apply(twice, len(given), *given, *saved))  # type: ignore[no-untyped-call]
+            return tuple(None if grad is None else next(raising) for grad in found)
         marked = torch._C._functions.DelayedError(twice, len(found))
         return marked(*(None if grad is None else grad.detach().requires_grad_() for grad in found))  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ the jump x_t -> x_s are this one sum, with one row of float64 coefficients per s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -255,13 +255,22 @@ BACKWARD = Op(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])
+    x, eps_cond, _, eps_uncond, history, noise = inputs
+    dtypes = [None if t is None else t.dtype for t in (x, eps_cond, eps_uncond, history, noise)]
+    ctx.dtypes = dtypes if any(dtype not in (None, x.dtype) for dtype in dtypes) else None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # d out / d tensor_j = k_j; the coefficients are constants
     x, eps_cond, _, eps_uncond, history, noise = ctx.needs_input_grad
     needed = x | eps_cond << 1 | eps_uncond << 2 | history << 3 | noise << 4
-    grads = BACKWARD.run(grad, ctx.saved_tensors[0], needed)
+    if ctx.dtypes:  # each gradient is rounded to its own tensor's dtype, not first to that of x
+        own = [dtype for j, dtype in enumerate(ctx.dtypes) if needed >> j & 1]
+        wide = reduce(torch.promote_types, own, grad.dtype)
+        wide_grads = BACKWARD.run(grad.to(wide), ctx.saved_tensors[0], needed)
+        grads = [g.to(dtype) for g, dtype in zip(wide_grads, own, strict=True)]
+    else:
+        grads = BACKWARD.run(grad, ctx.saved_tensors[0], needed)
     if needed == 3:
         return *grads, None, None, None, None
     found = iter(grads)

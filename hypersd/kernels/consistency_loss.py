@@ -166,8 +166,8 @@ def check(
     _rows.check_numbers("coef", coef, ((batch, 4), (4,)), eps_student.device, finite=True)
     if weight is not None:
         _rows.check_numbers("weight", weight, ((batch,),), eps_student.device, finite=True)
-    if not _rows.check_real("c", c) > 0:
-        raise ValueError(f"c: got {c}, expected a positive number")
+    if not 1e-18 <= _rows.check_real("c", c) <= 1e18:  # its square is a float32
+        raise ValueError(f"c: got {c}, expected a positive number, 1e-18 to 1e18")
 
 
 # --------------------------------------------------------------------------------------------------- Triton kernels
@@ -421,7 +421,7 @@ BACKWARD = Op(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.with_slope = inputs[9]
-    ctx.save_for_backward(output[1], inputs[5])
+    ctx.save_for_backward(output[1], inputs[5], inputs[0])  # the last tells whose second derivative is asked for
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -431,7 +431,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None
         return (None,) * 10
     if not ctx.with_slope:
         raise RuntimeError("consistency_loss: with_slope was False in the forward pass, so there is no gradient")
-    slope, weight = ctx.saved_tensors
+    slope, weight, _ = ctx.saved_tensors
     # d loss / d eps_student = p1 rho'(d) * upstream * weight / count
     return (BACKWARD.run(slope, upstream, weight), *(None,) * 9)
 
@@ -497,4 +497,6 @@ def consistency_loss(
     if reduction not in tuple(REDUCTIONS):
         raise ValueError(f"reduction: got {reduction!r}, expected one of {tuple(REDUCTIONS)}")
     with_slope = torch.is_grad_enabled() and getattr(eps_student, "requires_grad", False)
+    if with_slope and eps_student.dtype == torch.float16:
+        eps_student = eps_student.float()  # the slope is kept until a scaled upstream meets it: half has not the range
     return OP(eps_student, x_t, eps_target, x_s, coef, weight, KINDS[kind], c, REDUCTIONS[reduction], with_slope)

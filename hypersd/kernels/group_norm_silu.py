@@ -138,8 +138,10 @@ def check(
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (batch, channels, ...)")
     channels = x.shape[1]
-    if not isinstance(num_groups, (int, torch.SymInt)):
+    if not isinstance(num_groups, (int, torch.SymInt)) or isinstance(num_groups, bool):
         raise TypeError(f"num_groups: got {num_groups!r}, expected an integer")
+    if not isinstance(silu, bool):
+        raise TypeError(f"silu: got {silu!r}, expected True or False")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
     for name, t, shape, what in (

@@ -399,6 +399,6 @@ def lora_conv2d(
 
 def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> bool:
     """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
-    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4:
+    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or 0 in weight.shape:
         return False  # the check has a word for it
     return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad != "full"

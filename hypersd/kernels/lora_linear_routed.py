@@ -327,6 +327,11 @@ def _check(
     for label, tensor in (("slots", slots), ("scales", scales)):
         if tensor.device != x.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, expected {x.device} as x")
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if type(slots) is Tensor and slots.is_cpu and not traced:
+        wrong = next((slot for slot in slots.tolist() if not -1 <= slot < a.shape[0]), None)
+        if wrong is not None:
+            raise ValueError(f"{name}: slots has {wrong}, expected -1 (no adapter) to {a.shape[0] - 1}")
 
 
 def _fake(
@@ -435,4 +440,6 @@ def lora_linear_routed(
     that is not -1 .. n - 1; on a GPU such a slot means the base layer.
     """
     x, weight, bias, a, b, _, _ = _lora.arguments(x, weight, bias, a, b, 1.0)
+    if isinstance(scales, Tensor):
+        _lora.check_scale("lora_linear_routed: scales", scales)
     return OP(x, weight, bias, a, b, slots, scales, _lora.wants_adapter_grad(a, b))

@@ -5,6 +5,7 @@ the projection of a feed-forward layer; their a may be stacked.
 
     bytes: x read, y and S written: (2 M K + M r) itemsize     flops: 2 M K r + 8 M K      launches: 1   (x is M x K)
     replaces: LayerNorm and y a^T, 3 M K + M r; one reading of y less for each further layer whose a is stacked
+    taken by: whoever adds S b^T to a product of its own; lora_linear makes its S itself, hypersd.models does not use it
     backward: g = dY + dS a;  dx = rstd (weight g - m(weight g) - x^ m(weight g x^)), m the mean over K, x^ = (x - mean)
               rstd;  dweight = sum g x^, dbias = sum g over the rows;  da = dS^T y
     arithmetic: float32 (float64 if x is float64); y is rounded before it is multiplied, as by two operators

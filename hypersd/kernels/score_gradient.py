@@ -73,7 +73,7 @@ def check(x: Tensor, x_real: Tensor, x_fake: Tensor, weight: Tensor | None) -> N
     _rows.check_tensor("x_real", x_real, x, "x")
     _rows.check_tensor("x_fake", x_fake, x, "x")
     if weight is not None:
-        _rows.check_numbers("weight", weight, ((x.shape[0],),), x.device)
+        _rows.check_numbers("weight", weight, ((x.shape[0],),), x.device, finite=True)
 
 
 # --------------------------------------------------------------------------------------------------- Triton kernels

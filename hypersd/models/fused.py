@@ -14,6 +14,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from hypersd.errors import HypersdError
 from hypersd.kernels import geglu, group_norm_silu
@@ -61,7 +62,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         hidden = self.conv2(self.dropout(self.norm2(hidden, shift)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        output = _add(hidden, input_tensor)
+        output = _add(self.conv2, hidden, input_tensor)
         return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
 
 
@@ -80,13 +81,21 @@ class FusedTransformer2DModel(Transformer2DModel):
 
         if self.use_linear_projection:
             return picture(self.proj_out(hidden_states)) + residual  # in place of a view costs backward a copy
-        return _add(self.proj_out(picture(hidden_states)), residual)
+        return _add(self.proj_out, self.proj_out(picture(hidden_states)), residual)
 
 
-def _add(fresh: Tensor, residual: Tensor) -> Tensor:
-    """Their sum, in place of `fresh`, the output of a linear or convolution layer, which keeps its inputs alone for the
-    gradient: at the widest point of a step there is one picture less. Not where the sum would have another dtype."""
-    return fresh.add_(residual) if fresh.dtype == residual.dtype else fresh + residual
+def _add(layer: nn.Module, output: Tensor, residual: Tensor) -> Tensor:
+    """Their sum, in place of `output`, that of a linear or convolution layer, which keeps its inputs alone for the
+    gradient: at the widest point of a step there is one picture less. Not where the sum would have another dtype, and
+    not where a hook may have kept or replaced the output."""
+    if output.dtype != residual.dtype or torch.compiler.is_compiling() or _is_hooked(layer):
+        return output + residual
+    return output.add_(residual)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    own = any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
+    return own or _has_any_global_hook()
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -111,9 +120,10 @@ def fuse(network: nn.Module) -> nn.Module:
     torch's what torch does best. The modulated norms and GELU feed-forward layers of SD3 and FLUX, and masked or
     unusual attention layers, stay diffusers'.
 
-    Outputs agree to rounding; state dict and LoRA keys do not change. Do it before or after Backbone wraps the network,
-    with or without gradient checkpointing, once or twice. Raises HypersdError, and changes nothing, where a hook stands
-    in place of the forward of a layer that would change (offloading of diffusers and accelerate).
+    Outputs agree to rounding (those of norms that took in their SiLU are after it); state dict and LoRA keys do not
+    change. Do it before or after Backbone wraps the network, with or without gradient checkpointing, once or twice.
+    Raises HypersdError, and changes nothing, where a hook stands in place of the forward of a layer that would change
+    (offloading of diffusers and accelerate).
     """
     classes: dict[Any, type[nn.Module]] = {}
     for module in network.modules():

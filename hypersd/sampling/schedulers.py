@@ -38,6 +38,20 @@ class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     order = 1
     init_noise_sigma = 1.0
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers'. Raises HypersdError for a config of flow matching or EDM, whose noise levels these schedulers
+        do not have."""
+        given = {**config, **kwargs} if isinstance(config, dict) else kwargs
+        other = "beta_start" not in given and ("shift" in given or "sigma_data" in given)
+        if other or given.get("use_flow_sigmas"):
+            raise HypersdError(
+                f"{cls.__name__} is for models with betas (SD1.5, SDXL), and the config is one of "
+                f"{'EDM' if 'sigma_data' in given else 'flow matching'}; keep the pipeline's own scheduler, or sample "
+                "with hypersd.sampling.sample"
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def _setup(self) -> None:
         config = self.config
         self.betas = vp_betas(config, torch.float32)
@@ -98,7 +112,8 @@ class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         levels = np.arange(self.process.num_train_timesteps)
         table = self._table(key, x.device, lambda: solvers.rows(turn(self.process.diffuse(levels))))
         coef = table.index_select(0, timesteps.to(x.device).reshape(-1)).expand(len(x), 5)
-        return affine_step(x, noise.to(x.dtype), coef)
+        dtype = torch.promote_types(x.dtype, noise.dtype)
+        return affine_step(x.to(dtype), noise.to(dtype), coef)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -260,6 +275,10 @@ class _GridScheduler(_AffineScheduler):
         else:
             n = self.num_inference_steps = int(num_inference_steps)  # type: ignore[arg-type]
             if any_level and original_inference_steps is not None:
+                if n > original_inference_steps:
+                    raise HypersdError(
+                        f"num_inference_steps: {n} is larger than original_inference_steps, {original_inference_steps}"
+                    )
                 grid = subsample(np.arange(int(T * strength), dtype=np.int64), n)
             else:
                 grid = lcm_grid(

@@ -233,7 +233,8 @@ def test_the_file_serves_one_to_eight_steps() -> None:
     metadata = DMD.metadata(stage(), toy.PROCESS)
     assert metadata["solver"] == "lcm" and metadata["steps"] == "1" and metadata["method"] == "dmd"
     metadata = DMD.metadata(stage(consistency=0.3), toy.PROCESS)
-    assert metadata["solver"] == "tcd" and metadata["steps"] == "1,2,4,8"
+    assert metadata["solver"] == "tcd" and metadata["steps"] == "1,2,3,4,5,6,7,8"
+    assert len(sampler_for(toy.PROCESS, metadata, 5).timesteps) == 5
     assert json.loads(DMD.metadata(stage(timestep=800), toy.PROCESS)["timesteps"]) == {"1": [800]}
 
 

@@ -157,8 +157,10 @@ def test_which_step_has_the_gradient() -> None:
 def test_metadata_and_wrong_stages() -> None:
     process = NoiseProcess.from_config(X0)
     said = Feedback.metadata(stage(rollout=[4, 1]), process)
-    assert said["steps"] == "1,4" and said["solver"] == "tcd" and said["eta"] == "0.3"
-    assert json.loads(said["timesteps"]) == {"1": [999], "4": [999, 749, 499, 249]}
+    assert said["steps"] == "1,2,3,4" and said["solver"] == "tcd" and said["eta"] == "0.3"
+    grids = {"1": [999], "2": [999, 499], "3": [999, 666, 332], "4": [999, 749, 499, 249]}
+    assert json.loads(said["timesteps"]) == grids
+    assert Feedback.metadata(stage(rollout=[4, 1], solver="ddim"), process)["steps"] == "1,4"
     assert Feedback.metadata(stage(solver="ddim"), process)["eta"] == "0"
     net = Levels(student=0.0, previous=0.0)
     with pytest.raises(HypersdError, match="the stage wants brightness, but no such reward"):
@@ -195,7 +197,7 @@ def test_over_optimisation_is_reported_with_step_and_remedy() -> None:
         message = watch.add(step, {"taste": 0.1 * step + noise[0], "judge": judge + noise[1], "more": 1.0})
         if message:
             said.append((step, message))
-        if watch.is_well:
+        if watch.good_at == step:
             good.append(step)
     assert good == [9, 19, 29]  # ends of the blocks up to the best one
     assert len(said) == 1 and said[0][0] == 39

@@ -10,6 +10,7 @@ import torch
 
 from hypersd.distill.checkpoint import keep_as, load_checkpoint, save_checkpoint
 from hypersd.distill.health import Alarm, Guard, Health
+from hypersd.distill.watch import Watch
 from hypersd.errors import HypersdError
 
 WINS = Alarm("accuracy", "the critic always wins", "lower its learning rate", high=0.9, patience=3)
@@ -43,15 +44,15 @@ def test_both_ring_in_one_line() -> None:
     assert "critic always wins" in found[2] and "all alike" in found[2] and "\n" not in found[2]
 
 
-def test_a_step_is_good_when_every_known_measure_was_looked_at_and_lies_within() -> None:
+def test_good_is_the_oldest_of_the_newest_looks_at_every_known_measure() -> None:
     health = Health([WINS, FLAT], "dmd")
     rows: list[dict[str, float]] = [{}, {"accuracy": 0.5}, {"accuracy": 0.95}, {}, {"accuracy": 0.5}]
     rows += [{"accuracy": 0.5, "diversity": 0.6}, {"accuracy": 0.5}, {"accuracy": 0.5, "diversity": 0.4}]
     found = []
     for step, row in enumerate(rows):
         assert health.add(step, row) is None
-        found.append(health.is_well)
-    assert found == [True, True, False, False, True, True, False, False]
+        found.append(health.good_at)
+    assert found == [0, 1, -1, -1, 4, 5, 5, -1]  # at the seventh diversity was not looked at
 
 
 def row(step: int, index: int = 0, **measures: float) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def test_the_newest_checkpoint_from_before_the_trouble_is_kept(tmp_path: Path) -
     for step in range(12):
         if step and step % 2 == 0:
             save(path, step)
+            guard.saved(step)
         rows.append(row(step, diversity=0.1 if step == 3 or step in (7, 8, 9) else 0.9))
         warned.append(guard.check(rows[-1]))
         kept.append(good_step(guard))
@@ -98,6 +100,23 @@ def test_the_newest_checkpoint_from_before_the_trouble_is_kept(tmp_path: Path) -
     before = Guard(path, rows[:9])  # steps 7 and 8 were astray, and one more is enough
     before.begin(0, [Health([flat], "dmd")])
     assert good_step(before) == 6 and before.check(row(9, diversity=0.1)) is not None
+
+
+def test_monitors_that_look_at_different_times_vouch_together(tmp_path: Path) -> None:
+    """One looks after every 15th step, one after every 50th; the checkpoint of step 100 is good once both have seen
+    it, the second in the very step before it."""
+    path = tmp_path / "checkpoint.safetensors"
+    guard, watch = Guard(path), Watch([], ["judge"], 15, "feedback")
+    guard.begin(0, [watch, Health([replace(FLAT, patience=2)], "feedback")])
+    kept = []
+    for step in range(150):
+        if step == 100:
+            save(path, step)
+            guard.saved(step)
+        looked = {"diversity": 0.9 if step < 140 else 0.1} if step % 50 == 49 else {}
+        assert guard.check(row(step, judge=0.01 * step, **looked)) is None
+        kept.append(good_step(guard))
+    assert kept[:104] == [None] * 104 and kept[104:] == [100] * 46
 
 
 def test_a_healthy_run_leaves_no_second_checkpoint(tmp_path: Path) -> None:

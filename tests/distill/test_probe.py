@@ -71,8 +71,8 @@ def test_only_feedback_is_to_stay_where_it_began() -> None:
     )
     tscd = TSCDStage.model_validate({"method": "tscd", "segments": 1, "iterations": 1})
     health = Health(alarms(feedback), "feedback")
-    assert health.add(9, {"variety": 0.9, "drift": 0.4}) is None and health.is_well
-    assert health.add(10, {}) is None and not health.is_well  # nobody looked
+    assert health.add(9, {"variety": 0.9, "drift": 0.4}) is None and health.good_at == 9
+    assert health.add(10, {}) is None and health.good_at == 9  # nobody looked
     warning = health.add(19, {"variety": 0.9, "drift": 0.6})
     assert warning is not None and "step 19" in warning and "raise the stage's anchor" in warning
     assert [alarm.measure for alarm in alarms(tscd)] == ["variety"]

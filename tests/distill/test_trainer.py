@@ -107,7 +107,7 @@ class WithCritic(TSCD):
         self.seen: dict[str, list[Any]] = {"student": [], "critic": []}
         self.measures: dict[str, torch.Tensor] = {}
         self.warned: list[tuple[int, dict[str, float]]] = []
-        self.monitors, self.is_well = [self], True
+        self.monitors, self.good_at = [self], 10**9
         WithCritic.newest = self
 
     def auxiliaries(self) -> list[Auxiliary]:

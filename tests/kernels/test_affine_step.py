@@ -90,6 +90,16 @@ def test_mixed_dtypes_compute_in_float32_and_return_that_of_x():
     torch.testing.assert_close(grad, coef[:, 1, None, None].expand_as(grad).bfloat16())
 
 
+def test_gradients_are_rounded_to_the_dtype_of_their_own_tensor():
+    """k = 1e5 leaves float16, in which x and the output are, but not float32, in which eps_cond is."""
+    x = torch.ones(2, 4, dtype=torch.float16, requires_grad=True)
+    eps = torch.full((2, 4), 1e-6, requires_grad=True)
+    coef = torch.tensor([1 / 3, 1e5, 0, 0, 0], dtype=torch.float64)
+    dx, deps = torch.autograd.grad(affine_step(x, eps, coef), [x, eps], torch.ones(2, 4, dtype=torch.float16))
+    assert dx.dtype == torch.float16 and dx.tolist() == [[float(torch.tensor(1 / 3).half())] * 4] * 2
+    assert deps.dtype == torch.float32 and deps.tolist() == [[1e5] * 4] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_passes_unchanged(dtype):
     """k0 = 1 is the identity on all 65,536 bit patterns: subnormals, infinities and signs are kept, NaN stays NaN."""

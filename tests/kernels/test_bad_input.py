@@ -20,7 +20,7 @@ from tests.kernels import checks
 
 EVERY = [pytest.param(op, id=op.name) for op in OPS.values()]
 ROUNDING = 0.05  # a wrong answer is wrong by more
-NUMBERS = (math.nan, math.inf, -math.inf, -1, 0, 1.5, 99, None, "text", [1, 2])
+NUMBERS = (math.nan, math.inf, -math.inf, -1, 0, 1.5, 99, None, "text", "1.5", [1, 2])
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OTHERS = (torch.float8_e4m3fn, torch.int64, torch.complex64, torch.bool)
 
@@ -36,13 +36,14 @@ def longer(t: Tensor, dim: int) -> Tensor:
 
 def changes_of(op: Op, name: str, value: Any, alone: bool) -> dict[str, Any]:
     if not isinstance(value, Tensor):
-        return {} if isinstance(value, bool) else {repr(number): number for number in NUMBERS}
+        return {"'1.5'": "1.5"} if isinstance(value, bool) else {repr(number): number for number in NUMBERS}
     found: dict[str, Any] = {"no tensor": 1.5, "a list": [1.0], "nothing": None, "sparse": value.to_sparse()}
     found |= {str(dtype): value.to(dtype) for dtype in (*DTYPES, *OTHERS) if dtype != value.dtype}
     if not alone:
         found["another device"] = value.to("meta")
     found["a dimension more"] = value[None]
     if value.dim():
+        found["a single number"] = value.flatten()[0]
         found |= {"a dimension less": value[0], "none of it": value[:0]}
         found["every other"] = torch.stack([value, value], -1)[..., 0]
     found |= {f"longer in {dim}": longer(value, dim) for dim in range(value.dim())}
@@ -53,7 +54,16 @@ def changes_of(op: Op, name: str, value: Any, alone: bool) -> dict[str, Any]:
     return found
 
 
-MUST = ("no tensor", "a list", "sparse", "another device", "nan", "'text'", *(str(dtype) for dtype in OTHERS[:3]))
+MUST = (
+    "no tensor",
+    "a list",
+    "sparse",
+    "another device",
+    "nan",
+    "'text'",
+    "'1.5'",
+    *(str(dtype) for dtype in OTHERS[:3]),
+)
 
 
 def said_of(function: Callable[..., Any], inputs: dict[str, Any]) -> str:

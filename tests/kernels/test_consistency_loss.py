@@ -103,6 +103,16 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize(("d", "p1", "upstream"), [(300.0, 20.0, 1e-3), (3e-6, 0.01, 65536.0)])
+def test_float16_slopes_have_float32s_range(d, p1, upstream):
+    """2 p1 d is 12,000 and 6e-8; times p1 and the upstream gradient it is what float16 holds, before it is not."""
+    x, coef = torch.zeros(1, 4, dtype=torch.float16), torch.tensor([[0.0, p1, 0, 0]], dtype=torch.float64)
+    leaf = torch.full_like(x, d / p1).requires_grad_()
+    (upstream * consistency_loss(leaf, x, x, x, coef, kind="mse")).backward()
+    exact = upstream * 2 * p1**2 * leaf.detach().double() / 4
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=2e-3, atol=2e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_square_that_overflows_is_no_negative_loss(dtype):
     x, coef = torch.zeros(1, 40, dtype=dtype), torch.tensor([[0.0, 1, 0, 0]], dtype=torch.float64)

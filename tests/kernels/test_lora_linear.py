@@ -404,3 +404,17 @@ def test_rows_of_the_shipped_table_have_every_part(op, kind):
     forms = ("split", "accumulate", "fold")
     needed = {"ds", "shrink", "thin", "full", *forms, *(f"dx_{form}" for form in forms)}
     assert len(rows) >= 39 and not [row["sizes"] for row in rows if needed - set(row["us"])]
+
+
+def test_wrong_weights_and_scales_are_named():
+    x, a, b = torch.randn(3, 24).bfloat16(), torch.randn(6, 24), torch.randn(40, 6)
+    for weight in (torch.randn(40), torch.randn(())):
+        with pytest.raises(ValueError, match="weight has shape"):
+            lora_linear(x, weight.bfloat16(), None, a, b, 1.0)
+    weight = torch.randn(40, 24).bfloat16()
+    with pytest.raises(ValueError, match="scale is on meta, expected cpu"):
+        lora_linear(x, weight, None, a, b, torch.tensor(1.0, device="meta"))
+    with pytest.raises(TypeError, match="scale has dtype torch.int64, expected a floating-point"):
+        lora_linear(x, weight, None, a, b, torch.tensor(1))
+    with pytest.raises(ValueError, match="scale has requires_grad, expected a constant"):
+        lora_linear(x, weight, None, a, b, torch.tensor(1.0, requires_grad=True))

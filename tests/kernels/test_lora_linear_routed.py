@@ -121,11 +121,25 @@ def test_autocast_and_fp32_masters():
     assert out.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
 
 
+@pytest.mark.parametrize("slots", [(0, 0, 1, 1), (1, 0, 1, -1)])
+@pytest.mark.parametrize("pool", [1, 2, 3, 4])
+def test_pools_of_any_size_in_float32_beside_a_bfloat16_layer(pool, slots):
+    p = problem(tuple(min(slot, pool - 1) for slot in slots), 16, torch.bfloat16)
+    p |= {name: torch.cat([p[name], p[name]])[:pool].float().requires_grad_() for name in ("a", "b")}
+    p["scales"] = torch.linspace(0.5, 1.0, pool)
+    out = lora_linear_routed(**p)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
+    torch.testing.assert_close(out.double(), one_by_one(wide), rtol=0.05, atol=0.2)
+    grads = torch.autograd.grad(out.float().sum(), [p["a"], p["b"]])
+    assert all(g.dtype == torch.float32 and g.abs().sum() > 0 for g in grads)
+
+
 BAD = {
     "slots has 3, expected -1": {"slots": torch.tensor([0, 3])},
     "slots has -2, expected -1": {"slots": torch.tensor([0, -2])},
     "slots has shape": {"slots": torch.tensor([0, 1, 1])},
     "slots has dtype torch.float32": {"slots": torch.zeros(2)},
+    "scales has requires_grad, expected a constant": {"scales": torch.ones(3, requires_grad=True)},
     "scales: got shape": {"scales": torch.ones(2)},
     "a has shape": {"a": torch.zeros(3, 4, 23).double()},
     "b has shape": {"b": torch.zeros(3, 40, 5).double()},
@@ -139,6 +153,11 @@ def test_bad_input_is_named(said):
     with pytest.raises((TypeError, ValueError)) as caught:
         lora_linear_routed(**(problem((0, 1)) | BAD[said]))
     assert str(caught.value).startswith(f"lora_linear_routed: {said}") and "\n" not in str(caught.value)
+
+
+def test_a_slot_out_of_range_is_named_by_the_reference_too():
+    with use("reference"), pytest.raises(ValueError, match="slots has 3, expected -1"):
+        lora_linear_routed(**(problem((0, 1)) | {"slots": torch.tensor([0, 3])}))
 
 
 def test_where_the_host_may_not_look_the_same_comes_out():

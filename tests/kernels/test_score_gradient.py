@@ -59,6 +59,13 @@ def test_scale_of_all_three_does_not_matter():
     torch.testing.assert_close(score_gradient(7 * x, 7 * x_real, 7 * x_fake), score_gradient(x, x_real, x_fake))
 
 
+def test_a_weight_that_is_not_finite_is_refused():
+    x = torch.randn(2, 3)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"weight: got {value}, expected finite"):
+            score_gradient(x, x + 1, x - 1, weight=torch.tensor([value, 1.0]))
+
+
 def test_bad_input_is_named():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"x_fake: got shape \(2, 4\), expected \(2, 3\) as x"):

@@ -79,6 +79,25 @@ def test_a_block_adds_its_residual_as_the_plain_one_does(base):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_what_a_hook_keeps_or_hands_back_is_not_added_to():
+    block = fuse(nn.Sequential(ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)))[0]
+    x, kept = torch.randn(2, 8, 4, 4, requires_grad=True), []
+    alone = block(x, None)
+    handle = block.conv2.register_forward_hook(lambda layer, args, output: kept.append((output, output.clone())))
+    assert torch.equal(block(x, None), alone) and torch.equal(*kept[0])
+    handle.remove()
+    stored = torch.randn(2, 8, 4, 4)
+    with_stored = stored + x
+    handle = block.conv2.register_forward_hook(lambda layer, args, output: stored)
+    assert all(torch.equal(block(x, None), with_stored) for _ in range(2))
+    handle.remove()
+    (wanted,) = torch.autograd.grad(alone.square().sum(), [x])
+    seen = []
+    block.conv2.register_full_backward_hook(lambda layer, inputs, outputs: seen.append(outputs[0]))
+    (got,) = torch.autograd.grad(block(x, None).square().sum(), [x])
+    assert torch.equal(got, wanted) and torch.equal(seen[0], 2 * alone)
+
+
 @pytest.mark.parametrize("make", [make_unet, make_sdxl_unet, make_vae])
 def test_every_layer_is_found_and_put_back(make):
     network = make()

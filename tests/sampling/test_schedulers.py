@@ -218,6 +218,33 @@ def test_wrong_use_is_one_clear_line():
         sampling.LCMScheduler(prediction_type="score")
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "flow matching"),
+        ("FlowMatchHeunDiscreteScheduler", "flow matching"),
+        ("EDMEulerScheduler", "EDM"),
+    ],
+)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler", "LCMScheduler"])
+def test_the_config_of_another_kind_of_noise_is_refused(name, other, what):
+    config = getattr(diffusers, other)().config
+    with pytest.raises(HypersdError, match=f"the config is one of {what}; keep .*hypersd.sampling.sample"):
+        getattr(sampling, name).from_config(config)
+
+
+def test_more_steps_than_levels_are_refused():
+    with pytest.raises(HypersdError, match="num_inference_steps: 4 is larger than original_inference_steps, 2"):
+        sampling.TCDScheduler().set_timesteps(4, original_inference_steps=2)
+
+
+def test_wider_noise_stays_wider():
+    x, noise, t = torch.randn(2, 4, 8, 8).half(), torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
+    ours, theirs = (module.DDIMScheduler().add_noise(x, noise, t) for module in (sampling, diffusers))
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler", "LCMScheduler"])
 def test_inside_a_diffusers_pipeline(name, tiny_sd_folder):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
