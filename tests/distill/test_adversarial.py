@@ -82,27 +82,25 @@ class Watched(Linear):
 
     def __init__(self) -> None:
         super().__init__()
-        down, mid, up = (torch.nn.Identity() for _ in range(3))
+        self.path = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(3)))
+        down, mid, up = self.path
         config = SimpleNamespace(block_out_channels=[3])
         self.network = SimpleNamespace(down_blocks=[down], mid_block=mid, up_blocks=[up], config=config)
         self.device, self.calls = torch.device("cpu"), []  # type: ignore[var-annotated]
 
     def forward(self, x_t: Any, timestep: Any, cond: Any, *, role: str = "base") -> torch.Tensor:
         self.calls.append((x_t, timestep, cond, role))
-        n = self.network
-        return n.up_blocks[0](n.mid_block(n.down_blocks[0](super().forward(x_t, timestep, cond, role=role))))
+        return self.path(super().forward(x_t, timestep, cond, role=role))
 
 
 def featured(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> tuple[TSCD, Watched]:
     """Each head is GAIN times the mean over the channels, plus BIAS."""
     monkeypatch.setattr(test_competitors, "Linear", Watched)
-    options = {"segments": 2, "guidance_scale": [3.0, 3.0], "adversarial_weight": 0.2}
-    method, net = built(scene, method="tscd", **options)
-    heads = torch.nn.ModuleList(torch.nn.Conv2d(3, 1, 1) for _ in range(3))
+    method, net = built(scene, method="tscd", segments=2, guidance_scale=[3.0, 3.0], adversarial_weight=0.2)
+    method.adversary.critic.heads = heads = torch.nn.ModuleList(torch.nn.Conv2d(3, 1, 1) for _ in range(3))
     for head, gain, bias in zip(heads, GAIN, BIAS, strict=True):
         torch.nn.init.constant_(head.weight, gain.item() / 3)
         torch.nn.init.constant_(head.bias, bias.item())
-    method.adversary.critic.heads = heads
     return method, net
 
 
@@ -126,22 +124,20 @@ def test_a_feature_critic_judges_both_ends_diffused_again(monkeypatch: pytest.Mo
     method, net = featured(scene, monkeypatch)
     t, t_end, cond = np.arange(SIZE) + 900, np.arange(SIZE) * 5, {"c": scene.c}
     real, fake = scene.x_0 + 0.5, (0.5 * scene.x_0.flip(0) - 0.3).requires_grad_()
-    ends = Ends(scene.z, t, t_end, fake, real)
-    twin = Draw(KEY, cpu)
+    ends, twin = Ends(scene.z, t, t_end, fake, real), Draw(KEY, cpu)
     t_a = twin.host.integers(t_end, t + 1)
     expected = [diffused(scene, x, t_end, t_a, twin) for x in (real, fake)]
     loss = method.adversary.critic_loss(ends, cond, Draw(KEY, cpu))
     for (x_a, time, seen, role), x in zip(net.calls, expected, strict=True):
         torch.testing.assert_close(x_a, x, rtol=1e-9, atol=1e-9)
-        fed = torch.tensor(1000 * scene.sigma[t_a] if kind == "flow" else t_a)
-        torch.testing.assert_close(time, fed)
+        torch.testing.assert_close(time, torch.tensor(1000 * scene.sigma[t_a] if kind == "flow" else t_a))
         assert seen is cond and role == "base"
     r, f = (scores(scene, x, t_a) for x in expected)
     torch.testing.assert_close(loss.double(), hinge(r, f), rtol=1e-5, atol=0)
     told = 0.5 * ((r.mean((1, 2, 3)) > 0).double().mean() + (f.mean((1, 2, 3)) < 0).double().mean())
     assert method.measures["critic_accuracy"].item() == pytest.approx(told.item())
     opinion = method.adversary.generator_loss(ends, cond, Draw(KEY, cpu))
-    x_a = diffused(scene, fake, t_end, t_a, Draw(KEY, cpu))  # of the device's generator, the first noise
+    x_a = diffused(scene, fake, t_end, t_a, Draw(KEY, cpu))
     torch.testing.assert_close(opinion.double(), -scores(scene, x_a, t_a).mean(), rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(opinion, fake)
     slope = -GAIN.mean() * WEIGHTS["base"] / fake.numel() * scene.level(t_a)[0] / scene.level(t_end)[0]
@@ -157,8 +153,7 @@ def test_the_real_end_is_where_the_targets_jump_lands(monkeypatch: pytest.Monkey
     x_t, t, t_prev, t_end = jumps.x_t, jumps.t, jumps.t_prev, jumps.t_end
     x_prev = scene.ddim(x_t, t, t_prev, w=2.0)
     fake = scene.land(*scene.split(x_t, scene.network(x_t, t, scene.c, WEIGHTS["student"]), t), t_end)
-    target = scene.network(x_prev, t_prev, scene.c, WEIGHTS["ema"])
-    real = scene.land(*scene.split(x_prev, target, t_prev), t_end)
+    real = scene.land(*scene.split(x_prev, scene.network(x_prev, t_prev, scene.c, WEIGHTS["ema"]), t_prev), t_end)
     ends = method._ends(jumps, with_real=True)
     torch.testing.assert_close((ends.fake, ends.real), (fake, real), rtol=1e-9, atol=1e-9)
     assert ends.t is t and ends.t_end is t_end and method._ends(jumps).real is None
@@ -169,9 +164,8 @@ def test_the_real_end_is_where_the_targets_jump_lands(monkeypatch: pytest.Monkey
     torch.testing.assert_close(loss.double(), hinge(r, f), rtol=1e-5, atol=0)
     loss.backward()
     assert net.w["student"].grad is None and all(p.grad.any() for p in auxiliary.parameters.values())
-    opinion = -scores(scene, diffused(scene, fake, t_end, t_a, twins[1]), t_a).mean()
-    whole = method.loss(batch, Draw(KEY, cpu))
-    torch.testing.assert_close(whole.double(), method.distance(jumps) + 0.2 * opinion, rtol=1e-5, atol=0)
+    expected = method.distance(jumps) - 0.2 * scores(scene, diffused(scene, fake, t_end, t_a, twins[1]), t_a).mean()
+    torch.testing.assert_close(method.loss(batch, Draw(KEY, cpu)).double(), expected, rtol=1e-5, atol=0)
 
 
 class ToyCritic(torch.nn.Module):
