@@ -188,7 +188,7 @@ class MatchingStage(GuidedStage):
     @property
     def score_guidance(self) -> tuple[float, float]:
         """That of the base model as the real score."""
-        return getattr(self, "real_guidance_scale", None) or self.guidance_scale
+        return self.guidance_scale
 
     @property
     def score_passes(self) -> int:

@@ -197,6 +197,10 @@ class DMDStage(MatchingStage):
                 self._belong('real_score = "base" or consistency above 0', "guidance_scale", "grid")
         return self
 
+    @property
+    def score_guidance(self) -> tuple[float, float]:
+        return self.real_guidance_scale or self.guidance_scale
+
     def joint(self, samples: int) -> int:
         """How many of the first `samples` of an optimizer step train on the consistency loss."""
         return round(self.consistency * samples)

@@ -46,14 +46,14 @@ def check_strided(name: str, value: Tensor) -> None:
 
 def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a float; TypeError unless it is a number, ValueError unless it is finite and in [low, high]."""
+    if isinstance(value, str | bytes):  # float() would read them
+        raise TypeError(f"{name}: got {value!r}, expected a number")
     try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {value!r}, expected a number") from None
     except OverflowError:
         number = math.inf
-    if isinstance(value, str | bytes):  # float() would read them
-        raise TypeError(f"{name}: got {value!r}, expected a number")
     if not (low <= number <= high and -math.inf < number < math.inf):  # as torch.compile can trace it
         raise ValueError(f"{name}: got {number}, expected {low:g} to {high:g}, finite")
     return number

@@ -256,3 +256,13 @@ def test_samples_that_are_all_alike_are_reported() -> None:
     found = [monitor.add(step, {"diversity": 0.4 if step > 2 else 0.9}) for step in range(30)]
     assert [step for step, warning in enumerate(found) if warning] == [22]
     assert "stage dmd, step 22" in found[22] and "raise the stage's anchor" in found[22]
+
+
+def test_the_real_score_may_have_a_guidance_of_its_own() -> None:
+    both = stage(real_score="base", consistency=0.3, guidance_scale=[7.0, 9.0], real_guidance_scale=[1.0, 1.0])
+    shared = stage(real_score="base", consistency=0.3, guidance_scale=[7.0, 9.0])
+    assert both.score_guidance == (1.0, 1.0) and both.score_passes == 1 and both.teacher_passes == 2
+    assert shared.score_guidance == (7.0, 9.0) and shared.score_passes == 2
+    assert both.network_evaluations == pytest.approx(shared.network_evaluations - 0.7)
+    with pytest.raises(ValueError, match="real_guidance_scale .* goes below 1"):
+        stage(real_score="base", real_guidance_scale=[0.5, 1.0])
