@@ -66,7 +66,8 @@ class Paper:
 
     Under `out`: budget-<budget>/seed-<seed>/<method>-<variant>, a folder for each training with its LoRA files and, per
     number of steps, the features and scores of every caption; the encoded pictures, shared by the trainings of a seed.
-    Beside `rows`, in a folder of its name: what comparisons need of each training, so that they do not need `out`.
+    Beside `rows`: comparisons, in a file of their own (`pairs_of`); and in a folder of its name what they need of each
+    training, so that they do not need `out`.
     Any number of processes may share `out` and `rows`: each takes the trainings that no other is at.
     """
 
@@ -83,7 +84,8 @@ class Paper:
     ) -> None:
         from hypersd.emoji import evaluators
 
-        self.out, self.ledger, self.budget, self.samples = writable(out), Ledger(rows), budget, samples
+        self.out, self.ledger, self.pairs = writable(out), Ledger(rows), Ledger(pairs_of(rows))
+        self.budget, self.samples = budget, samples
         self.device, self.console = device, console
         bfloat16 = has_bfloat16(pick_device(device))
         self.overrides = [*overrides, *([] if bfloat16 else ["train.dtype=float32"])]
@@ -237,8 +239,8 @@ class Paper:
         return self.ledger.path.with_suffix("") / same / f"seed-{seed}" / f"{name}.safetensors"
 
     def compare(self, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-        """One row, table "pairs", for each column of PAIRED; earlier ones over fewer seeds stay."""
-        self.ledger.read()
+        """One row of `pairs` for each column of PAIRED; earlier ones over fewer seeds stay."""
+        self.pairs.read()
         offered = [v for v in variants if "2" in v.tables and v.stages]
         method = next((name for name in MAIN if any(v.method == name for v in offered)), None)
         found = {v.folder: {seed: self.comparable(v, seed) for seed in seeds} for v in offered}
@@ -248,12 +250,12 @@ class Paper:
             for steps, column in product(sorted(set(main.steps) & set(other.steps)), PAIRED):
                 name = f"{steps}/{column}"
                 both = [seed for seed in seeds if name in ours[seed] and name in theirs[seed]]
-                key: dict[str, Any] = {"table": "pairs", "method": main.method, "variant": main.name}
+                key: dict[str, Any] = {"method": main.method, "variant": main.name}
                 key |= {"against": other.folder, "steps": steps, "column": column, "seeds": both} | self.settings
-                if both and not self.ledger.find(**key):
+                if both and not self.pairs.find(**key):
                     runs = [[_draws(side[seed][name], column) for seed in both] for side in (ours, theirs)]
                     values = paired_difference(*runs)
-                    self.ledger.append(key | dict(zip(("difference", "low", "high"), values, strict=True)))
+                    self.pairs.append(key | dict(zip(("difference", "low", "high"), values, strict=True)))
 
     def _frechet(self, features: Tensor) -> float:
         return frechet_distance(Moments.of(features), self.judge.real)
@@ -279,12 +281,17 @@ def choose(methods: Sequence[str]) -> list[Variant]:
     return [v for v in VARIANTS if not methods or v.method in methods or v.folder in methods]
 
 
+def pairs_of(rows: Path) -> Path:
+    """The file of comparisons beside a file of rows."""
+    return rows.with_stem(f"{rows.stem}-pairs")
+
+
 def write_page(rows: Path, page: Path) -> None:
-    """Draw the tables from the file of rows; the figures, named after the page, stand beside it."""
+    """Draw the tables from the files of rows and of comparisons; the figures, named after the page, stand beside it."""
     found = Ledger(rows).rows
     drawn = figures(found)
     names = {table: f"{page.stem}-{table}.png" for table in drawn}
-    text = draw(found, names)
+    text = draw(found, Ledger(pairs_of(rows)).rows, names)
     for table, name in names.items():
         atomic_write(page.with_name(name), partial(Path.write_bytes, data=drawn[table]))
     atomic_write(page, lambda path: path.write_text(text, "utf-8"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,11 +40,19 @@ class LCMStage(ConsistencyStage):
 
 
 class PCMStage(ConsistencyStage):
-    """Phased consistency model with `phases` phases (hypersd.distill.pcm), without the critic of the paper's
-    adversarial consistency loss."""
+    """Phased consistency model with `phases` phases (hypersd.distill.pcm).
+
+    `adversarial_weight`: of what a critic, heads on the frozen network's features, says of the ends; 0.1 is the
+    authors'. Their LoRAs of many phases have none.
+    """
+
+    critic_warmup: ClassVar[float] = 0.0
+    adaptive: ClassVar[bool] = False
 
     method: Literal["pcm"]
     phases: Positive
+    adversarial_weight: NonNegative = 0.0
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     guidance_scale: Range = (5.0, 6.0)
     target: Literal["ema", "online"] = "online"
 
@@ -52,7 +60,14 @@ class PCMStage(ConsistencyStage):
     def _consistent(self) -> PCMStage:
         if self.grid < self.phases:
             raise ValueError(f"grid = {self.grid} has fewer points than there are phases ({self.phases})")
+        if self.adversarial_weight == 0:
+            self._belong("adversarial_weight above 0", "critic_learning_rate")
         return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the distance and of the critic's opinion."""
+        return 1.0, self.adversarial_weight
 
     @property
     def name(self) -> str:
@@ -61,6 +76,12 @@ class PCMStage(ConsistencyStage):
     @property
     def steps(self) -> int:
         return self.phases
+
+    @property
+    def network_evaluations(self) -> float:
+        """The critic looks at the student's end with a gradient, and in its own step, with jumps of its own, at two."""
+        own = super().network_evaluations
+        return own + 3 + self.teacher_passes + 2 + 2 if self.adversarial_weight > 0 else own
 
 
 class TDDStage(ConsistencyStage):

@@ -103,7 +103,7 @@ class Feedback:
         self, x: Tensor, grid: np.ndarray, table: Table, batch: Batch, draw: Draw
     ) -> tuple[Tensor, Tensor | None]:
         """x at grid[0] to x_0', with gradient in one network call; and x_0'' for the anchor."""
-        chosen = choose_step(self.stage.gradient_step, len(grid), draw.host)
+        chosen = int(draw.host.integers(self.stage.earliest(len(grid)), len(grid)))
         backbone, cond = self.context.backbone, batch.cond
         part = Table(table.timesteps[:chosen], table.coef[:chosen])
         x = sample(lambda x_t, t: backbone(x_t, t, cond, role=self.role), part, x, generator=draw.generator)
@@ -131,12 +131,6 @@ class Feedback:
 def hinge(reward: Tensor, threshold: float) -> Tensor:
     """E[max(0, threshold - reward)], a scalar; a reward at or above its threshold has no gradient."""
     return torch.relu(threshold - reward.float()).mean()
-
-
-def choose_step(policy: str, steps: int, rng: np.random.Generator) -> int:
-    """The number of the step that has the gradient, in [0, steps)."""
-    lowest = {"any": 0, "last_half": steps - max(1, steps // 2), "last": steps - 1}[policy]
-    return int(rng.integers(lowest, steps))
 
 
 def grid_below(grid: np.ndarray, start: float, process: NoiseProcess) -> np.ndarray:

@@ -70,20 +70,25 @@ class Consistency:
 
     def jumps(self, batch: Batch, draw: Draw) -> Jumps:
         """Start, teacher's step and both networks' outputs; only `m` has a gradient."""
-        stage, x_0, cond = self.stage, batch.latents, batch.cond
-        size = len(x_0)
-        t, t_prev, t_end = self.points(draw.host, size)
-        guidance = draw.host.uniform(*stage.guidance_scale, size)
-        pure = (t == self.process.num_train_timesteps - 1) & (draw.host.random(size) < stage.pure_noise)
-        noise = perturbed_noise(x_0, stage.offset_noise, draw)
-        x_t = affine_step(x_0, noise, on_device(self.diffuse_coef(t, pure), x_0))
-        coef = self.loss_coef(t, t_prev, t_end)
+        x_t, (t, t_prev, t_end), guidance = self.starts(batch, draw)
+        cond, coef = batch.cond, self.loss_coef(t, t_prev, t_end)
         with torch.no_grad():
             scale = guidance if self.guided else None
             x_prev = teacher_step(self.context, self.teacher_role, x_t, t, t_prev, cond, scale)
             m_target = output_where(self.context, self.target_role, x_prev, t_prev, cond, coef[:, 3] != 0)
-        m = self.context.backbone(x_t, network_time(self.process, t, x_0), cond, role=STUDENT)
-        return Jumps(x_t, m, x_prev, m_target, t, t_prev, t_end, coef)
+        return Jumps(x_t, self.student(x_t, t, cond), x_prev, m_target, t, t_prev, t_end, coef)
+
+    def starts(self, batch: Batch, draw: Draw) -> tuple[Tensor, tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """x_t, `points`, and the guidance (B,) that the teacher's step is to have."""
+        stage, x_0 = self.stage, batch.latents
+        t, t_prev, t_end = self.points(draw.host, len(x_0))
+        guidance = draw.host.uniform(*stage.guidance_scale, len(x_0))
+        pure = (t == self.process.num_train_timesteps - 1) & (draw.host.random(len(x_0)) < stage.pure_noise)
+        noise = perturbed_noise(x_0, stage.offset_noise, draw)
+        return affine_step(x_0, noise, on_device(self.diffuse_coef(t, pure), x_0)), (t, t_prev, t_end), guidance
+
+    def student(self, x_t: Tensor, t: np.ndarray, cond: Cond) -> Tensor:
+        return self.context.backbone(x_t, network_time(self.process, t, x_t), cond, role=STUDENT)
 
     def diffuse_coef(self, t: np.ndarray, pure: np.ndarray) -> np.ndarray:
         """(B, 2): x_t = c0 x_0 + c1 noise; (0, 1) where the start is pure noise."""

@@ -48,6 +48,8 @@ class TSCDStage(ConsistencyStage):
     `critic`: "features", heads on the frozen network; "encoder", a trained copy of its encoder that sees the start as
     well, but not in the last part `unconditional` of the stage (None: 0.25 with 1 or 2 segments, else 0).
     `critic_warmup`: the first part of the stage, in which the critic learns and has no say (CTM).
+    `critic_real`: what it is to tell the student's ends from, those of the target network's jumps ("teacher") or, with
+    one segment, pictures of the data diffused to t_end ("data"), which leave the teacher's trajectories behind.
     `sampling_guidance`: g of the sampler, for weights that keep guidance and negative prompts: taught with
     guidance_scale = [1, 1], data.caption_dropout of 0.1 to 0.2, and no fewer than 8 segments.
     """
@@ -63,6 +65,7 @@ class TSCDStage(ConsistencyStage):
     unconditional: Probability | None = None
     critic_warmup: Probability = 0.0
     critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    critic_real: Literal["teacher", "data"] = "teacher"
     segments: Positive
     grid: Positive = 40
     teacher: Literal["base", "previous_stage"] = "base"
@@ -83,7 +86,9 @@ class TSCDStage(ConsistencyStage):
             raise ValueError("nothing to learn from: consistency_weight and adversarial_weight are both 0")
         if self.adversarial_weight == 0 and not self.staged_weights:
             of_the_critic = ("critic", "adaptive", "unconditional", "critic_warmup", "critic_learning_rate")
-            self._belong("adversarial_weight above 0 or staged_weights", *of_the_critic)
+            self._belong("adversarial_weight above 0 or staged_weights", *of_the_critic, "critic_real")
+        if self.critic_real == "data" and self.segments > 1:
+            raise ValueError(f'critic_real = "data" is for one segment, not {self.segments}: elsewhere ends are noisy')
         if self.critic == "features":
             self._belong('critic = "encoder"', "unconditional")
         return self
@@ -118,7 +123,7 @@ class TSCDStage(ConsistencyStage):
     def network_evaluations(self) -> float:
         if self.weights[1] == 0:
             return super().network_evaluations
-        jumps = self.teacher_passes + 2  # of the critic's own step
+        jumps = 1 if self.critic_real == "data" else self.teacher_passes + 2  # of the critic's own step
         if self.critic == "encoder":
             look = paired_critic_evaluations(self.unpaired)
         else:
@@ -152,6 +157,7 @@ class TCDStage(ConsistencyStage):
     teacher: ClassVar[Literal["base"]] = "base"
     t_end: ClassVar[Literal["uniform"]] = "uniform"
     t_end_mix: ClassVar[float] = 0.0
+    weights: ClassVar[tuple[float, float]] = (1.0, 0.0)
 
     method: Literal["tcd"]
     guidance_scale: Range = (3.0, 15.0)
@@ -341,10 +347,22 @@ class FeedbackStage(BaseStage):
     def improves(self) -> bool:
         return True
 
+    def earliest(self, steps: int) -> int:
+        """Of the steps of a roll-out, from 0, the first that may have the gradient; the others are those after it."""
+        return {"any": 0, "last_half": steps - max(1, steps // 2), "last": steps - 1}[self.gradient_step]
+
     @property
     def network_evaluations(self) -> float:
-        one = max(self.rollout) - 1 + 3 + (self.anchor > 0)
-        return one * (bool(self.rewards) + (self.structure is not None))
+        """The mean over the roll-outs; those of the structure term have the steps below its start alone."""
+
+        def mean(lengths: list[int]) -> float:
+            before = sum((self.earliest(n) + n - 1) / 2 for n in lengths) / len(lengths)
+            return before + 3 + (self.anchor > 0)
+
+        total = mean(list(self.rollout)) if self.rewards else 0.0
+        if self.structure is not None:
+            total += mean([max(1, math.floor(n * self.structure.start)) for n in self.rollout])
+        return total
 
     @property
     def drops_captions(self) -> bool:

@@ -266,8 +266,13 @@ def label(method: str, variant: str) -> str:
     return f"{method} ({variant})" if variant else method
 
 
-def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None = None) -> str:
-    """The page, Markdown, of the rows of a Ledger. pictures: table -> the file of its figure, if there is one."""
+def draw(
+    rows: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, Any]] = (),
+    pictures: Mapping[str, str] | None = None,
+) -> str:
+    """The page, Markdown, of the rows of a Ledger and of the comparisons in another. pictures: table -> the file of its
+    figure, if there is one."""
     if not rows:
         raise HypersdError("there are no rows to draw; run `hypersd evaluate paper` first")
     lines = ["# The paper's tables in miniature", ""]
@@ -298,7 +303,7 @@ def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, str] | None =
                 label(v.method, v.name) for v in VARIANTS if table in v.tables and (v.method, v.name) not in done
             ]
             lines += [f"Not measured: {', '.join(missing)}.", ""] if found and missing else []
-    lines += _pairs([row for row in rows if row["table"] == "pairs"])
+    lines += _pairs(pairs)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -322,9 +327,8 @@ def alike(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The tables' rows, those with the same budget, pictures, features and captions together; the largest come last."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["table"] in TABLES:
-            key = tuple(row[name] for name in ("budget", "samples", "features", "captions"))
-            groups.setdefault(key, []).append(row)
+        key = tuple(row[name] for name in ("budget", "samples", "features", "captions"))
+        groups.setdefault(key, []).append(row)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -93,10 +93,11 @@ class Watched(Linear):
         return self.path(super().forward(x_t, timestep, cond, role=role))
 
 
-def featured(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> tuple[TSCD, Watched]:
+def featured(scene: Scene, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Watched]:
     """Each head is GAIN times the mean over the channels, plus BIAS."""
     monkeypatch.setattr(test_competitors, "Linear", Watched)
-    method, net = built(scene, method="tscd", segments=2, guidance_scale=[3.0, 3.0], adversarial_weight=0.2)
+    options = options or {"method": "tscd", "segments": 2}
+    method, net = built(scene, guidance_scale=[3.0, 3.0], adversarial_weight=0.2, **options)
     method.adversary.critic.heads = heads = torch.nn.ModuleList(torch.nn.Conv2d(3, 1, 1) for _ in range(3))
     for head, gain, bias in zip(heads, GAIN, BIAS, strict=True):
         torch.nn.init.constant_(head.weight, gain.item() / 3)
@@ -154,9 +155,9 @@ def test_the_real_end_is_where_the_targets_jump_lands(monkeypatch: pytest.Monkey
     x_prev = scene.ddim(x_t, t, t_prev, w=2.0)
     fake = scene.land(*scene.split(x_t, scene.network(x_t, t, scene.c, WEIGHTS["student"]), t), t_end)
     real = scene.land(*scene.split(x_prev, scene.network(x_prev, t_prev, scene.c, WEIGHTS["ema"]), t_prev), t_end)
-    ends = method._ends(jumps, with_real=True)
+    ends = method.ends(jumps, with_real=True)
     torch.testing.assert_close((ends.fake, ends.real), (fake, real), rtol=1e-9, atol=1e-9)
-    assert ends.t is t and ends.t_end is t_end and method._ends(jumps).real is None
+    assert ends.t is t and ends.t_end is t_end and method.ends(jumps).real is None
     t_a = [twin.host.integers(t_end, t + 1) for twin in twins][0]
     r, f = (scores(scene, diffused(scene, x, t_end, t_a, twins[0]), t_a) for x in (real, fake))
     (auxiliary,) = method.auxiliaries()
@@ -166,6 +167,64 @@ def test_the_real_end_is_where_the_targets_jump_lands(monkeypatch: pytest.Monkey
     assert net.w["student"].grad is None and all(p.grad.any() for p in auxiliary.parameters.values())
     expected = method.distance(jumps) - 0.2 * scores(scene, diffused(scene, fake, t_end, t_a, twins[1]), t_a).mean()
     torch.testing.assert_close(method.loss(batch, Draw(KEY, cpu)).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_the_critic_of_pcm_looks_anywhere_in_the_phase(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Both ends at the phase's boundary, diffused to a level between it and the phase's top."""
+    scene, cpu = Scene(kind), torch.device("cpu")
+    method, net = featured(scene, monkeypatch, method="pcm", phases=4, grid=50)
+    batch, twins = Batch(scene.x_0, {"c": scene.c}), [Draw(KEY, cpu) for _ in range(2)]
+    jumps, _ = (method.jumps(batch, twin) for twin in twins)
+    x_t, t, t_prev, t_end = jumps.x_t, jumps.t, jumps.t_prev, jumps.t_end
+    # 50 points, 20 apart; the phases begin with points 0, 12, 25 and 37
+    top = np.select([t < 259, t < 519, t < 759], [239, 499, 739], 999)
+    assert (top >= t).all() and len(set(top)) > 1
+    x_prev = scene.ddim(x_t, t, t_prev, w=2.0)
+    fake = scene.land(*scene.split(x_t, scene.network(x_t, t, scene.c, WEIGHTS["student"]), t), t_end)
+    m_target = scene.network(x_prev, t_prev, scene.c, WEIGHTS["student"])  # PCM's target is the student itself
+    real = scene.land(*scene.split(x_prev, m_target, t_prev), t_end)
+    t_a = [twin.host.integers(t_end, top + 1) for twin in twins][0]
+    r, f = (scores(scene, diffused(scene, x, t_end, t_a, twins[0]), t_a) for x in (real, fake))
+    (auxiliary,) = method.auxiliaries()
+    assert auxiliary.learning_rate == 1e-5
+    net.evaluations = 0.0
+    loss = auxiliary.loss(batch, Draw(KEY, cpu))
+    torch.testing.assert_close(loss.double(), hinge(r, f), rtol=1e-5, atol=0)
+    expected = method.distance(jumps) - 0.2 * scores(scene, diffused(scene, fake, t_end, t_a, twins[1]), t_a).mean()
+    torch.testing.assert_close(method.loss(batch, Draw(KEY, cpu)).double(), expected, rtol=1e-5, atol=0)
+    looks = SIZE * 2 * 2  # the critic's own at two ends here have a gradient, for the heads, that stops at the network
+    declared = method.stage.network_evaluations * SIZE
+    assert 0.8 * declared < net.evaluations - looks <= declared
+
+
+@pytest.mark.parametrize("options", [{}, {"critic": "encoder"}])
+def test_the_critic_may_be_shown_pictures_of_the_data(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """With one segment: the real end is then the data at t_end, and no teacher is asked."""
+    scene, cpu, shown = Scene("epsilon"), torch.device("cpu"), []
+    common = {"method": "tscd", "segments": 1, "critic_real": "data"} | options
+    if options:
+        monkeypatch.setattr(adversary, "EncoderCritic", ToyCritic)
+        method, net = built(scene, guidance_scale=[3.0, 3.0], adversarial_weight=0.2, **common)
+    else:
+        method, net = featured(scene, monkeypatch, **common)
+    inner = method.adversary.critic_loss
+    method.adversary.critic_loss = lambda ends, cond, draw: shown.append(ends) or inner(ends, cond, draw)
+    (auxiliary,) = method.auxiliaries()
+    batch, twin = Batch(scene.x_0, {"c": scene.c}), Draw(KEY, cpu)
+    assert auxiliary.loss(batch, Draw(KEY, cpu)).requires_grad
+    x_t, (t, _, t_end), _ = method.starts(batch, twin)
+    alpha, sigma = scene.level(t_end)
+    (ends,) = shown
+    real = alpha * scene.x_0 + sigma * twin.normal(x_t.shape, x_t)
+    fake = scene.land(*scene.split(x_t, scene.network(x_t, t, scene.c, WEIGHTS["student"]), t), t_end)
+    torch.testing.assert_close((ends.real, ends.fake), (real, fake.detach()), rtol=1e-9, atol=1e-9)
+    assert not ends.fake.requires_grad
+    taught = method.stage.model_copy(update={"critic_real": "teacher"})
+    assert taught.network_evaluations - method.stage.network_evaluations == 2 + 2 - 1
+    for wrong, said in (({"segments": 2}, "is for one segment, not 2"), ({"adversarial_weight": 0.0}, "critic_real")):
+        with pytest.raises(HypersdError, match=said):
+            built(scene, **{"adversarial_weight": 0.2} | common | {"critic": "features"} | wrong)
 
 
 class ToyCritic(torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd.distill.data import Batch
-from hypersd.distill.feedback import Feedback, choose_step, grid_below, hinge
+from hypersd.distill.feedback import Feedback, grid_below, hinge
 from hypersd.distill.method import Context, Draw
 from hypersd.distill.recipe import parse_recipe
 from hypersd.distill.stages import FeedbackStage
@@ -145,13 +145,34 @@ def test_structure_starts_from_the_pictures_themselves() -> None:
 
 
 def test_which_step_has_the_gradient() -> None:
-    rng = np.random.default_rng(0)
-    drawn = {policy: {choose_step(policy, 8, rng) for _ in range(300)} for policy in ("any", "last_half", "last")}
-    assert drawn == {"any": set(range(8)), "last_half": {4, 5, 6, 7}, "last": {7}}
-    assert {choose_step(policy, 1, rng) for policy in drawn} == {0}
+    def drawn(policy: str, steps: int) -> set[int]:
+        net = Levels(student=0.2, previous=0.0)
+        feedback = method(net, stage(gradient_step=policy, rollout=[steps]))
+        for number in range(100):
+            feedback.loss(batch(1), draw(number))
+        return {steps - (time + 1) * steps // 1000 for _, time, graded in net.calls if graded}
+
+    assert drawn("any", 8) == set(range(8)) and drawn("last_half", 8) == {4, 5, 6, 7} and drawn("last", 8) == {7}
+    assert drawn("any", 1) == drawn("last_half", 1) == {0}
     process = NoiseProcess.from_config(X0)
     assert grid_below(np.array([999, 749, 499, 249]), 0.5, process).tolist() == [499, 249]
     assert grid_below(np.array([999]), 0.5, process).tolist() == [499]  # one step: from half way itself
+
+
+@pytest.mark.parametrize("policy", ["last_half", "any", "last"])
+def test_network_evaluations_are_what_a_step_costs(policy: str) -> None:
+    """On average over the roll-outs and the steps with the gradient, of the rewards' and of the structure's."""
+    structure = {"kind": "scenes", "weight": 0.1, "start": 0.5}
+    s = stage(rollout=[1, 1, 2, 4, 8], gradient_step=policy, anchor=0.5, structure=structure)
+    net, process = Levels(student=0.2, previous=0.0), NoiseProcess.from_config(X0)
+    rewards = {"brightness": brightness}
+    feedback = Feedback(s, Context(net, process, {}, None, lambda z: z, rewards, lambda images, indices: images.mean()))
+    for number in range(1000):
+        feedback.loss(batch(1), draw(number))
+    counted = sum(3 if graded else 1 for _, _, graded in net.calls) / 1000
+    assert counted == pytest.approx(s.network_evaluations, rel=0.02)
+    alone = stage(rollout=[1, 1, 2, 4, 8], gradient_step=policy, anchor=0.5)
+    assert alone.network_evaluations < s.network_evaluations < 2 * alone.network_evaluations
 
 
 def test_metadata_and_wrong_stages() -> None:

@@ -150,13 +150,14 @@ def test_the_page() -> None:
         values = dict.fromkeys(COLUMNS, 1.0) | {"frechet": frechet, "frechet_to_teacher": None}
         return key | values | {"samples": 64, "features": "emoji judge", "captions": 1, "network_evaluations": 500_000}
 
-    pair = {"table": "pairs", "method": "tscd", "variant": "", "against": "lcm", "steps": 1, "column": "frechet"}
+    pair = {"method": "tscd", "variant": "", "against": "lcm", "steps": 1, "column": "frechet"}
     pair |= {"difference": -1.5, "low": -2.0, "high": -1.0}
     older = pair | {"difference": -9.0, "seeds": [0]}
     pair |= {"seeds": [0, 1]}
     worse = pair | {"column": "alignment", "low": -0.2, "high": -0.1}
     open_ = pair | {"against": "tcd", "high": 0.5}
-    page = draw([row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0), pair, older, worse, open_])
+    rows = [row("lcm", 2, 0, 4.0), row("lcm", 1, 0, 8.0), row("lcm", 1, 1, 10.0)]
+    page = draw(rows, [pair, older, worse, open_])
     lines = page.splitlines()
     assert "| 1 | lcm | 9 ± 1.4 | – | 1 ± 0 | 1 ± 0 | 1 ± 0 | 1 ± 0 | 500,000 |" in lines
     assert lines.index("| 2 | lcm | 4 | – | 1 | 1 | 1 | 1 | 500,000 |") > 0
@@ -168,7 +169,7 @@ def test_the_page() -> None:
     two = [row("lcm", 2, 0, 4.0), row("tcd", 2, 0, 4.0)]
     found = figures([*two, row("teacher", 25, 0, 1.0), row("tcd", 2, 0, 4.0) | {"table": "3"}])
     assert list(found) == ["2"] and found["2"].startswith(b"\x89PNG")  # one line is nothing to compare
-    assert ".png" not in page and "](x.png)" in draw([row("lcm", 2, 0, 4.0)], {"2": "x.png", "3": "y.png"})
+    assert ".png" not in page and "](x.png)" in draw([row("lcm", 2, 0, 4.0)], pictures={"2": "x.png", "3": "y.png"})
     with pytest.raises(HypersdError, match="no rows"):
         draw([])
     assert spread([2.0, 4.0]) == "3 ± 1.4" and spread([None]) == "–"
@@ -276,7 +277,8 @@ def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None
     job("second").compare([ours, theirs], [1])
     job("third").compare([ours, theirs, full], [0, 1, 2])
     job("third").compare([ours, theirs, full], [0, 1, 2])
-    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert not rows.exists()
+    written = [json.loads(line) for line in rows.with_name("paper-pairs.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["column"], row["seeds"]) for row in written] == [
         (ours.name, "frechet", [1]), (ours.name, "alignment", [1]),
         (ours.name, "frechet", [1, 2]), (ours.name, "alignment", [1, 2]),
