@@ -231,7 +231,11 @@ class LightningStage(GuidedStage):
 
 class DMD2Stage(MatchingStage):
     """Distribution matching with a GAN for sampling at `timesteps` (hypersd.distill.dmd2); the real score is the base
-    model with guidance, real pictures are the data's."""
+    model with guidance, real pictures are the data's.
+
+    `regression`: the first part of the stage, in which a student of one step only learns where the base model's path of
+    `regression_steps` steps ends: the warm-up of the authors' one-step model, whose timesteps are [399].
+    """
 
     method: Literal["dmd2"]
     timesteps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (
@@ -241,9 +245,15 @@ class DMD2Stage(MatchingStage):
         249,
     )
     adversarial_weight: NonNegative = 5e-3
+    regression: Probability = 0.0
+    regression_steps: Positive = 20
 
     @model_validator(mode="after")
     def _consistent(self) -> DMD2Stage:
+        if self.regression > 0 and self.steps > 1:
+            raise ValueError(f"regression is for one timestep, here are {self.steps}")
+        if self.regression == 0:
+            self._belong("regression above 0", "regression_steps")
         if any(a <= b for a, b in pairwise(self.timesteps)):
             raise ValueError(f"timesteps {list(self.timesteps)} must descend")
         return self
@@ -258,7 +268,7 @@ class DMD2Stage(MatchingStage):
 
     @property
     def wants(self) -> dict[str, int]:
-        return {"timesteps": self.timesteps[0] + 1}
+        return {"timesteps": self.timesteps[0] + 1, "regression_steps": self.regression_steps}
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -266,7 +276,9 @@ class DMD2Stage(MatchingStage):
 
     @property
     def network_evaluations(self) -> float:
-        return sum(self.matching_evaluations((self.steps - 1) / 2, self.teacher_passes))
+        student, fake = self.matching_evaluations((self.steps - 1) / 2, self.teacher_passes)
+        warm = self.regression_steps * self.teacher_passes + 3
+        return self.regression * warm + (1 - self.regression) * student + fake
 
 
 class LinearReward(Section):

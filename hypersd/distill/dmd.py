@@ -1,8 +1,8 @@
 """Score distillation of one-step samples as Hyper-SD has it (arXiv 2404.13686, section 3.3; hypersd.distill.matching).
 
 Hyper-SD starts from the TSCD student and takes it as the real score too; what keeps its 2 to 8 steps working is the
-consistency loss of hypersd.distill.tscd on a share of each batch, and the anchor, what its first weights make of the
-same noise in a few steps.
+consistency loss of hypersd.distill.tscd on a share of each batch, and the anchor, what its first weights (or the base
+model, as in DMD) make of the same noise in a few steps.
 """
 
 from __future__ import annotations
@@ -81,15 +81,17 @@ class DMD(DistributionMatching):
         loss = self.matching_loss(x, batch, draw)
         weight = stage.anchor[0] + draw.progress * (stage.anchor[1] - stage.anchor[0])
         if weight > 0:
-            loss = loss + weight * F.mse_loss(x, self._anchor(z, batch.cond))
+            loss = loss + weight * F.mse_loss(x, self._anchor(z, batch.cond, draw))
         return loss
 
     def _one_step(self, z: Tensor, cond: Cond) -> Tensor:
         return self.clean(z, np.full(len(z), self.start), cond, STUDENT)
 
     @torch.no_grad()
-    def _anchor(self, z: Tensor, cond: Cond) -> Tensor:
-        """What the weights of the stage's beginning make of z in a few deterministic steps."""
+    def _anchor(self, z: Tensor, cond: Cond, draw: Draw) -> Tensor:
+        """What the weights of the stage's beginning, or the base model, make of z in a few deterministic steps."""
+        if self.stage.anchor_to == "base":
+            return self.teacher_end(z, cond, self.stage.anchor_steps, draw)
         timesteps = trailing(self.stage.anchor_steps, self.process.num_train_timesteps)
         x = z
         for t, s in zip(timesteps[:-1], timesteps[1:], strict=True):

@@ -6,6 +6,10 @@ step without a gradient (backward simulation), and that step has one:
     x_{t_1} = z,    x = x_0(x_{t_i}, student),    x_{t_{i+1}} = alpha x + sigma n
 
 The real score is the base model with guidance, real pictures for the GAN are the data's (hypersd.distill.matching).
+
+A student of one step that is fed its noise at an earlier timestep than the last knows nothing at first of what it is
+to do with it: in the first part of the stage it learns what the base model's path makes of the same noise. The distance
+is the mean square of latents here, LPIPS of pictures there.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hypersd.distill.competitor_stages import DMD2Stage
 from hypersd.distill.data import Batch
@@ -36,6 +41,7 @@ class DMD2(DistributionMatching):
 
     def __init__(self, stage: DMD2Stage, context: Context) -> None:
         super().__init__(stage, context, [COLLAPSED])
+        self.stage = stage
         self.timesteps = np.array(stage.timesteps, np.int64)
 
     @staticmethod
@@ -45,6 +51,10 @@ class DMD2(DistributionMatching):
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Scalar mean over the batch; its latents are not used but to be compared with."""
+        if draw.progress < self.stage.regression:
+            z = draw.normal(batch.latents.shape, batch.latents)
+            goal = self.teacher_end(z, batch.cond, self.stage.regression_steps, draw)
+            return F.mse_loss(self.clean(z, np.full(len(z), self.timesteps[0]), batch.cond, STUDENT), goal)
         return self.matching_loss(self.generate(batch, draw), batch, draw)
 
     def generate(self, batch: Batch, draw: Draw) -> Tensor:

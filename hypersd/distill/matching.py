@@ -12,6 +12,7 @@ to the fake score's, and -log s(D(x_t)) to the student's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from torch.nn import functional as F
 from hypersd.distill.data import Batch
 from hypersd.distill.health import Alarm, Health
 from hypersd.distill.method import BASE, Auxiliary, Context, Draw
-from hypersd.distill.parts import Cond, guided_coef, network_time, on_device
+from hypersd.distill.parts import Cond, guided_coef, network_time, on_device, teacher_step
 from hypersd.distill.stage import MatchingStage
 from hypersd.kernels import affine_step, score_gradient
 from hypersd.models.critic import accuracy
 from hypersd.models.encoder_critic import BottleneckCritic, log_critic_loss, log_generator_loss
 from hypersd.models.noise_process import NoiseProcess
+from hypersd.sampling.timesteps import trailing
 
 FAKE = "fake"
 WINS = Alarm(
@@ -107,6 +109,17 @@ class DistributionMatching:
         both = {k: torch.cat([v, self.context.uncond.get(k, v).expand_as(v)]) for k, v in cond.items()}
         m_cond, m_uncond = self.network(torch.cat([x_t, x_t]), np.concatenate([t, t]), both, role).chunk(2)
         return affine_step(x_t, m_cond, on_device(guided_coef(coef, guidance), x_t), eps_uncond=m_uncond)
+
+    @torch.no_grad()
+    def teacher_end(self, z: Tensor, cond: Cond, steps: int, draw: Draw) -> Tensor:
+        """x_0 of the base model's deterministic path from the noise z in so many steps, with the real score's
+        guidance: the pairs of noise and picture that a one-step student may regress on (DMD)."""
+        guidance = draw.host.uniform(*self.matching.score_guidance, len(z))
+        grid = [np.full(len(z), t) for t in trailing(steps, self.process.num_train_timesteps)]
+        x, scale = z, guidance if self.guided else None
+        for t, to in pairwise(grid):
+            x = teacher_step(self.context, BASE, x, t, to, cond, scale)
+        return self.clean(x, grid[-1], cond, BASE, scale)
 
     def diffuse(self, x: Tensor, t: np.ndarray, draw: Draw) -> Tensor:
         return affine_step(x, draw.normal(x.shape, x), on_device(self.process.diffuse(t), x))

@@ -19,6 +19,7 @@ both. Decoding and rewards are no network evaluations.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -56,6 +57,12 @@ class RGLCD(LCM):
         optimised, watched = (
             [term.kind for term in stage.rewards if (term.weight > 0) is wanted] for wanted in (True, False)
         )
+        if not watched:
+            logging.getLogger("hypersd").warning(
+                "stage %s: nobody watches the rewards, so that over-optimisation will not be told; add an independent "
+                "reward with weight = 0",
+                stage.name,
+            )
         self.monitors = [Watch(optimised, watched, stage.check_every, stage.name)]
         self.measures: dict[str, Tensor] = {}
         self.proxy = Critic(context.backbone) if stage.proxy else None  # type: ignore[arg-type]

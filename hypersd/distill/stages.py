@@ -176,8 +176,8 @@ class DMDStage(MatchingStage):
     when the stage began, "base" the undistilled model with guidance: `real_guidance_scale` or, where none is given,
     `guidance_scale`, which is what the consistency loss is taught with.
     `anchor`: weight at the beginning and at the end of the stage, linear in between, of the mean square distance to
-    what the beginning's weights make of the same noise in `anchor_steps` steps. DMD's anchor, pairs of noise and
-    what the teacher's ODE makes of it, is not here.
+    what others make of the same noise in `anchor_steps` steps. `anchor_to`: the weights that the stage began with
+    ("start"), or the base model with the real score's guidance ("base"; DMD's pairs; 20 steps or more).
     `consistency`: the share of each optimizer step's samples that trains on the one-segment consistency loss instead
     (hypersd.distill.tscd on `grid` points, taught by the base model), so that 2 to 8 steps keep working;
     `consistency_weight` is its weight. Of either loss a step takes the mean over its own samples.
@@ -189,18 +189,23 @@ class DMDStage(MatchingStage):
     real_guidance_scale: Range | None = None
     anchor: Annotated[tuple[NonNegative, NonNegative], Field(strict=False)] = (0.25, 0.05)
     anchor_steps: Positive = 4
+    anchor_to: Literal["start", "base"] = "start"
     consistency: Probability = 0.3
     consistency_weight: NonNegative = 1.0
     grid: Positive = 40
 
     @model_validator(mode="after")
     def _consistent(self) -> DMDStage:
-        if self.real_score == "tscd":
-            self._belong('real_score = "base"', "real_guidance_scale")
+        if self.real_score == "tscd" and self.anchor_to == "start":
+            self._belong('real_score = "base" or anchor_to = "base"', "real_guidance_scale")
+        if not any(self.anchor):
+            self._belong("anchor above 0", "anchor_steps", "anchor_to")
         if self.consistency == 0:
             self._belong("consistency above 0", "consistency_weight")
             if self.real_score == "tscd":
-                self._belong('real_score = "base" or consistency above 0', "guidance_scale", "grid")
+                self._belong('real_score = "base" or consistency above 0', "grid")
+            if self.real_score == "tscd" and self.anchor_to == "start":
+                self._belong('real_score = "base" or consistency above 0 or anchor_to = "base"', "guidance_scale")
         return self
 
     @property
@@ -233,7 +238,8 @@ class DMDStage(MatchingStage):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("fake", "start") if self.improves or any(self.anchor) else ("fake",)
+        started = self.improves or (any(self.anchor) and self.anchor_to == "start")
+        return ("fake", "start") if started else ("fake",)
 
     @property
     def improves(self) -> bool:
@@ -246,7 +252,8 @@ class DMDStage(MatchingStage):
     @property
     def network_evaluations(self) -> float:
         student, fake = self.matching_evaluations(0, 1 if self.real_score == "tscd" else self.score_passes)
-        student += self.anchor_steps if any(self.anchor) else 0
+        if any(self.anchor):
+            student += self.anchor_steps * (self.score_passes if self.anchor_to == "base" else 1)
         joint = self.teacher_passes + 1 + 3
         return (1 - self.consistency) * student + self.consistency * joint + fake
 

@@ -37,6 +37,7 @@ TABLES = {
     "N": "TSCD: points of the solver's grid",
 }
 REWARDS = [{"kind": "scene_alignment", "weight": 0.3}, {"kind": "judge_preference", "weight": 0.0}]  # of rg_lcd
+PCM_CRITIC = {"method": "pcm", "adversarial_weight": 0.1}  # its authors' weight
 COLUMNS = ("frechet", "frechet_to_teacher", "alignment", "objects", "aesthetic", "diversity")
 LOWER_IS_BETTER = ("frechet", "frechet_to_teacher")
 
@@ -123,6 +124,7 @@ def ablations() -> list[Variant]:
         weighed(every, "tscd", "8-4-2-1", ladder(*LADDER)),
         weighed(("3",), "tscd", "8-4-2-1 by stage", ladder(*LADDER), by_stage=True, trained_as="8-4-2-1"),
         Variant(("2", "3"), "tscd", "equal shares", untimed(ladder(*LADDER))),
+        Variant(("2", "3"), "tscd", "equal shares boundary", untimed(ladder(*LADDER, t_end="boundary"))),
         one("k", "1", 1),
         one("k", "4-1", 4, 1),
         one("teacher", "base", teacher="base"),
@@ -157,6 +159,12 @@ def dmd2(steps: int) -> Variant:
     return Variant(("2",), "dmd2", f"steps={steps}", (stage,), (steps,))
 
 
+def dmd2_warm() -> Variant:
+    """One step as its authors have it: fed at 399, after a regression on the teacher's pairs."""
+    stage = {"method": "dmd2", "timesteps": [399], "fake_updates": 2, "regression": 0.25, "regression_steps": 10}
+    return Variant(("2",), "dmd2", "regression steps=1", (stage,), (1,))
+
+
 def unified() -> list[Variant]:
     """One LoRA for every number of steps: TSCD, and what may follow it, as in the shipped recipes; the same after TCD,
     at TSCD's cost; and score distillation alone."""
@@ -184,10 +192,12 @@ VARIANTS: list[Variant] = [
     Variant(("2", "3", "5"), "tcd", stages=({"method": "tcd"},)),
     # weights that are made for one number of steps get the whole budget for each
     *(Variant(("2",), "pcm", f"phases={k}", ({"method": "pcm", "phases": k},), (k,)) for k in STEPS),
+    *(Variant(("2",), "pcm", f"critic phases={k}", (PCM_CRITIC | {"phases": k},), (k,)) for k in STEPS),
     Variant(("2",), "tdd", stages=({"method": "tdd", "sampling_steps": [1, 8]},)),
     *(Variant(("2",), "perflow", f"windows={k}", ({"method": "perflow", "windows": k},), (k,)) for k in STEPS),
     *(lightning(k) for k in STEPS),
     *(dmd2(k) for k in STEPS),
+    dmd2_warm(),
     Variant(("2",), "rg_lcd", stages=({"method": "rg_lcd", "rewards": REWARDS},)),
     Variant(("2",), "rg_lcd", "latent proxy", stages=({"method": "rg_lcd", "rewards": REWARDS, "proxy": True},)),
     *unified(),
@@ -356,7 +366,9 @@ def _lines(rows: Sequence[Mapping[str, Any]], table: str) -> dict[tuple[str, str
     for row in rows:
         if row["table"] != table:
             continue
-        key = (row["method"], "" if (row["method"], row["variant"]) in single else row["variant"])
+        key = (row["method"], row["variant"])
+        if key in single:
+            key = (row["method"], " ".join(word for word in row["variant"].split() if "=" not in word))
         for column in COLUMNS:
             if row[column] is not None:
                 found.setdefault(key, {}).setdefault(column, {}).setdefault(row["steps"], []).append(row[column])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hypersd.distill import adversarial as adversary
+from hypersd.distill import matching
 from hypersd.distill.adversarial import Ends, adaptive_weight
 from hypersd.distill.data import Batch
 from hypersd.distill.method import Context, Draw
@@ -225,6 +226,28 @@ def test_the_critic_may_be_shown_pictures_of_the_data(monkeypatch: pytest.Monkey
     for wrong, said in (({"segments": 2}, "is for one segment, not 2"), ({"adversarial_weight": 0.0}, "critic_real")):
         with pytest.raises(HypersdError, match=said):
             built(scene, **{"adversarial_weight": 0.2} | common | {"critic": "features"} | wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "tscd", "segments": 2},
+        {"method": "pcm", "phases": 2},
+        {"method": "lightning", "teacher": "base", "teacher_steps": 4, "student_steps": 2},
+        {"method": "dmd", "real_score": "base"},
+        {"method": "dmd2"},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_every_critic_that_always_wins_is_told(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(test_competitors, "Linear", Watched)
+    monkeypatch.setattr(adversary, "EncoderCritic", ToyCritic)
+    monkeypatch.setattr(matching, "BottleneckCritic", lambda net, role: torch.nn.Identity())
+    method, _ = built(Scene("epsilon"), guidance_scale=[3.0, 3.0], adversarial_weight=0.2, **options)
+    measures = {"critic_accuracy": 0.99, "diversity": 1.0}
+    said = [text for step in range(120) for monitor in method.monitors if (text := monitor.add(step, measures))]
+    assert len(said) == 1 and "step 99" in said[0] and "tells nearly every sample right" in said[0]
+    assert options["method"] in said[0] and "adversarial_weight" in said[0]
 
 
 class ToyCritic(torch.nn.Module):

@@ -20,6 +20,7 @@ from hypersd.errors import HypersdError
 from hypersd.models.noise_process import NoiseProcess
 from hypersd.sampling.sampler import sample, sampler_for
 from tests.distill import toy
+from tests.distill.test_competitors import KEY, SIZE, WEIGHTS, Scene, built
 
 # enough dimensions for the mean |x - x_real| of a sample to be no wild number
 MEAN, SPREAD = torch.linspace(-0.8, 0.9, 16), 0.3
@@ -152,11 +153,47 @@ def test_the_anchor_holds_the_student_at_its_beginning() -> None:
         eps = model(x, torch.full((5,), t), {}, role="start")
         x_0 = (x - toy.PROCESS.sigma[t] * eps) / toy.PROCESS.alpha[t]
         x = x_0 if s is None else toy.PROCESS.alpha[s] * x_0 + toy.PROCESS.sigma[s] * eps
-    torch.testing.assert_close(method._anchor(z, {}), x.float())
+    torch.testing.assert_close(method._anchor(z, {}, Draw((0,), torch.device("cpu"))), x.float())
     values = [_number(method.loss(batch(32), Draw((3,), torch.device("cpu"), p))) for p in (0.0, 0.5)]
     method.stage = stage(real_score="tscd")
     bare = _number(method.loss(batch(32), Draw((3,), torch.device("cpu"))))
     assert values[0] - bare == pytest.approx((values[1] - bare) / 0.75, rel=1e-4) and values[0] > bare
+
+
+@pytest.mark.parametrize("real_score", ["base", "tscd"])
+def test_the_anchor_may_be_where_the_base_model_s_path_ends(real_score: str) -> None:
+    """Guided as the real score is, from the same noise; by a linear network and textbook conversions."""
+    scene, cpu = Scene("epsilon"), torch.device("cpu")
+    options = {"method": "dmd", "real_score": real_score, "anchor": [1.0, 0.5], "anchor_to": "base", "anchor_steps": 5}
+    method, net = built(scene, real_guidance_scale=[3.0, 3.0], consistency=0.0, **options)
+    x, grid = scene.z, [999, 799, 599, 399, 199]
+    for t, to in zip(grid, [*grid[1:], None], strict=True):
+        at = np.full(SIZE, t)
+        cond, empty = (scene.network(x, at, c, WEIGHTS["base"]) for c in (scene.c, scene.empty.expand(SIZE, 3)))
+        x_0, eps = scene.split(x, empty + 3.0 * (cond - empty), at)
+        x = x_0 if to is None else scene.land(x_0, eps, np.full(SIZE, to))
+    net.evaluations = 0.0
+    found = method._anchor(scene.z, {"c": scene.c}, Draw(KEY, cpu))
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+    assert net.evaluations == 2 * 5 * SIZE and not found.requires_grad
+    bare = method.stage.model_copy(update={"anchor": (0.0, 0.0)})
+    assert method.stage.network_evaluations - bare.network_evaluations == 2 * 5
+    assert method.stage.roles == (("fake", "start") if real_score == "tscd" else ("fake",))
+    with pytest.raises(ValueError, match="anchor_to belongs to anchor above 0"):
+        stage(real_score="base", anchor_to="base")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_share_s_loss_is_one_segment_s_with_the_guidance_of_the_stage(kind: str) -> None:
+    scene, batch_of = Scene(kind), lambda scene: Batch(scene.x_0, {"c": scene.c})
+    both = {"guidance_scale": [5.0, 5.0], "grid": 20}
+    dmd, net = built(scene, method="dmd", real_score="base", real_guidance_scale=[1.0, 1.0], consistency=1.0, **both)
+    same = {"segments": 1, "t_end_mix": 0.5, "offset_noise": 0.0, "pure_noise": 0.5}
+    tscd, twin = built(scene, method="tscd", **same, **both)
+    losses = [method.loss(batch_of(scene), Draw(KEY, torch.device("cpu"))) for method in (dmd, tscd)]
+    assert torch.equal(*losses) and net.evaluations == twin.evaluations > 5 * SIZE
+    other, _ = built(scene, method="tscd", **same, **both | {"guidance_scale": [4.0, 4.0]})
+    assert not torch.equal(losses[0], other.loss(batch_of(scene), Draw(KEY, torch.device("cpu"))))
 
 
 def test_a_share_of_the_batch_trains_on_the_consistency_loss() -> None:

@@ -131,6 +131,40 @@ def test_network_evaluations_are_what_a_step_costs(
     assert net.evaluations + looks == pytest.approx(method.matching.network_evaluations * SIZE)
 
 
+def test_a_one_step_student_may_first_learn_where_the_teacher_s_path_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same noise, which the student is fed at 399 and the base model at 999."""
+    monkeypatch.setattr(matching, "BottleneckCritic", ToyHead)
+    scene, student = Scene("epsilon"), free()
+    options = {"timesteps": [399], "guidance_scale": [3.0, 3.0], "regression": 0.25, "regression_steps": 4}
+    method, net = built(scene, method="dmd2", fake_updates=2, **options)
+    batch = Batch(scene.x_0, {"c": scene.c})
+    loss = method.loss(batch, Draw(KEY, CPU, progress=0.24))
+    loss.backward()
+    warm = net.evaluations
+    z = Draw(KEY, CPU).normal(scene.x_0.shape, scene.x_0)
+    x, at = z, np.full(SIZE, 999)
+    for to in (749, 499, 249, None):
+        cond, empty = (scene.network(x, at, c, WEIGHTS["base"]) for c in (scene.c, scene.empty.expand(SIZE, 3)))
+        x_0, eps = scene.split(x, empty + 3.0 * (cond - empty), at)
+        at = np.full(SIZE, to or 0)
+        x = x_0 if to is None else scene.land(x_0, eps, at)
+    fed = np.full(SIZE, 399)
+    own = scene.split(z, scene.network(z, fed, scene.c, student), fed)[0]
+    check(loss, net, (own - x).square().mean(), student)
+    (auxiliary,) = method.auxiliaries()
+    for update in range(auxiliary.updates):
+        auxiliary.loss(batch, Draw((update,), CPU))
+    fake = net.evaluations - warm + method.critic.evaluations / 3
+    method.critic.evaluations, net.evaluations = 0, 0.0
+    plain, _ = built(scene, method="dmd2", fake_updates=2, timesteps=[399], guidance_scale=[3.0, 3.0])
+    later = method.loss(batch, Draw(KEY, CPU, progress=0.25))
+    torch.testing.assert_close(later, plain.loss(batch, Draw(KEY, CPU)), rtol=1e-9, atol=0)
+    late = net.evaluations + method.critic.evaluations / 3
+    assert 0.25 * warm + 0.75 * late + fake == pytest.approx(method.stage.network_evaluations * SIZE)
+    with pytest.raises(HypersdError, match="regression is for one timestep, here are 4"):
+        built(scene, method="dmd2", regression=0.5)
+
+
 def test_every_step_has_its_share_of_the_batch_and_sampling_is_what_was_simulated() -> None:
     scene = Scene("v_prediction")
     method, net = built(scene, method="dmd2", adversarial_weight=0.0)

@@ -144,6 +144,23 @@ def test_structure_starts_from_the_pictures_themselves() -> None:
     assert net.level["student"].grad.item() == pytest.approx(0.1 * 2 * 9 * 0.2, rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_what_structure_starts_from_is_the_picture_with_the_noise_of_its_level(steps: int) -> None:
+    """alpha x_0 + sigma n at the first step, of the picture's own n."""
+    net, process, seen = Levels(student=0.2, previous=0.0), NoiseProcess.from_config(X0), []
+    inner = net.forward
+    net.forward = lambda x_t, *args, **kwargs: seen.append(x_t) or inner(x_t, *args, **kwargs)  # type: ignore
+    structure = {"kind": "scenes", "weight": 0.1, "start": 0.5}
+    s = stage(rewards=[], structure=structure, rollout=[steps], gradient_step="any")
+    loss = lambda images, indices: images.square().mean()  # noqa: E731
+    feedback = Feedback(s, Context(net, process, {}, None, lambda z: z, {}, loss))
+    pictures = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    feedback.loss(Batch(pictures, {}, ["a"] * 4, np.arange(4)), draw())
+    noise = draw().normal(pictures.shape, pictures)
+    expected = float(process.alpha[499]) * pictures + float(process.sigma[499]) * noise
+    torch.testing.assert_close(seen[0], expected, rtol=1e-9, atol=1e-9)
+
+
 def test_which_step_has_the_gradient() -> None:
     def drawn(policy: str, steps: int) -> set[int]:
         net = Levels(student=0.2, previous=0.0)

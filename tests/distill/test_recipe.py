@@ -20,10 +20,10 @@ def line(*args: object) -> str:
 
 def test_shipped_recipes_are_the_paper_s_stages() -> None:
     emoji = ["emoji-1step", "emoji-cfg", "emoji-feedback", "emoji-flow", "emoji-full", "emoji-quick"]
-    assert shipped() == [*emoji, "flux", "sd15", "sd3", "sdxl", "sdxl-1step"]
+    assert shipped() == [*emoji, "flux", "sd15", "sd15-feedback", "sd3", "sdxl", "sdxl-1step", "sdxl-feedback"]
     tscd = ["tscd-8", "tscd-4", "tscd-2", "tscd-1"]
     for name in shipped():
-        if name == "emoji-feedback":  # it begins with a finished LoRA
+        if name.endswith("-feedback"):  # it begins with a finished LoRA
             assert [stage.name for stage in load_recipe(name).stages] == ["feedback"]
             continue
         if name.endswith("-1step"):  # one step from 800 by a whole network, and nothing else
@@ -40,6 +40,12 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
     for name in ("flux", "sd15", "sd3", "sdxl", "sdxl-1step"):
         train = load_recipe(name).train
         assert train.batch_size * train.accumulation == 512 and train.learning_rate == 1e-6
+    for name in ("sd15-feedback", "sdxl-feedback"):
+        (stage,), train = load_recipe(name).stages, load_recipe(name).train
+        assert train.batch_size * train.accumulation == 64 and train.learning_rate == 1e-5  # ReFL's
+        wanted = [(term.kind, term.threshold, term.weight) for term in stage.rewards]
+        assert wanted == [("imagereward", 2.0, 1e-3), ("aesthetic", 6.0, 1e-3), ("pickscore", None, 0.0)]
+        assert stage.structure.kind == "solo" and stage.is_separate and train.init == f"out/{name[:4]}/lora.safetensors"
     for name in ("sd15", "sdxl"):
         weights = [stage.weights for stage in load_recipe(name).stages if stage.name in tscd]
         assert weights == [(1.0, 0.0), (1.0, 0.1), (0.5, 0.2), (0.25, 0.3)]

@@ -128,6 +128,16 @@ def test_a_watched_reward_that_falls_while_the_others_rise_warns() -> None:
     assert len(said) == 1 and "stage rg_lcd, step" in said[0] and "independent seen falls" in said[0]
 
 
+def test_rewards_that_nobody_watches_are_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    process = NoiseProcess.from_config(VP | {"prediction_type": "epsilon"})
+    context = Context(Linear(), process, {}, None, lambda z: z, REWARDS)  # type: ignore[arg-type]
+    RGLCD(stage(), context)
+    assert not caplog.messages
+    RGLCD(stage(rewards=[{"kind": "brightness"}]), context)
+    (said,) = caplog.messages
+    assert said.startswith("stage rg_lcd: nobody watches the rewards") and "with weight = 0" in said
+
+
 def test_preferences_are_compared_by_their_divergence() -> None:
     wanted = torch.tensor([1.2, -0.3, 0.0, 4.0], dtype=torch.float64)
     opinion = torch.tensor([0.2, 0.9, -1.5, 4.0], dtype=torch.float64, requires_grad=True)
