@@ -297,12 +297,10 @@ def draw(
             "Written by `hypersd evaluate paper --draw`.",
             "",
             "Equal evaluations are not equal time: decoding and rewards, which only feedback and rg_lcd need, are not "
-            "counted; `train_seconds` is in every row. A step of feedback counts as one with the longest roll-out, so "
-            "that rows with feedback have spent a sixth to a fifth less than is said. The shares of TSCD and of the "
-            "unified LoRA were chosen by trial trainings with another seed, judged on other captions than these "
-            "(docs/measured_facts.md); the other methods had fewer such trials. DMD2 of one step begins at 999, "
-            "without a warm-up on pairs. PCM is trained without its critic, score distillation without DMD's pairs "
-            "of noise and what the teacher's ODE makes of it.",
+            "counted; `train_seconds` is in every row. The shares of TSCD and of the unified LoRA were chosen by trial "
+            "trainings with another seed, judged on other captions than these (docs/measured_facts.md); the other "
+            "methods had fewer such trials. PCM is there without its critic and with it, DMD2 of one step as it is, "
+            "fed at 999, and as its authors train it, fed at 399 after a regression on the teacher's pairs.",
             "",
         ]
         for table, title in TABLES.items():

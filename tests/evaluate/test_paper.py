@@ -164,7 +164,7 @@ def test_the_page() -> None:
     assert "| 1 | tscd | lcm | frechet | -1.5 | -2 to -1 | 2 |" in lines and "-9" not in page
     assert "| 1 | tscd | frechet | 1 | 1 | 0 |" in lines and "| 1 | tscd | alignment | 0 | 0 | 1 |" in lines
     assert "Not measured: teacher, undistilled, tcd, pcm (phases=1), " in page and page.count("Not measured") == 1
-    assert "PCM is trained without its critic, score distillation without DMD's pairs" in page
+    assert "PCM is there without its critic and with it, DMD2 of one step as it is, fed at 999" in page
     assert "spends 500,000 network evaluations" in page and "over the seeds 0, 1" in page
     two = [row("lcm", 2, 0, 4.0), row("tcd", 2, 0, 4.0)]
     found = figures([*two, row("teacher", 25, 0, 1.0), row("tcd", 2, 0, 4.0) | {"table": "3"}])
@@ -173,6 +173,17 @@ def test_the_page() -> None:
     with pytest.raises(HypersdError, match="no rows"):
         draw([])
     assert spread([2.0, 4.0]) == "3 ± 1.4" and spread([None]) == "–"
+
+
+def test_the_committed_rows_have_the_promised_columns() -> None:
+    """Rows of trainings and nothing else; comparisons are in the file beside it."""
+    path = Path(__file__).parents[2] / "bench" / "results" / "paper.jsonl"
+    rows, pairs = Ledger(path).rows, Ledger(paper.pairs_of(path)).rows
+    assert rows and pairs
+    assert {frozenset(row) for row in rows} == {frozenset(KEYS | {"budget", "captions"})}
+    assert all(
+        row.keys() >= {"method", "variant", "against", "steps", "column", "seeds", "low", "high"} for row in pairs
+    )
 
 
 @pytest.mark.slow

@@ -153,6 +153,54 @@ def test_aesthetic(clip_folder: Path) -> None:
     torch.testing.assert_close(scores, x[:, 0], rtol=1e-4, atol=1e-5)
 
 
+def blip_score(state: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
+    """ImageReward's raw score from BLIP's own names and the papers' words: a ViT with norms before its layers, BERT
+    with norms after them and the picture's tokens as keys and values between, then linear layers on the first token."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, x: Tensor, eps: float) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (each.unflatten(-1, (4, -1)).transpose(1, 2) for each in (q, k, v))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, None] == 0, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    at = "visual_encoder."
+    kernel = state[at + "patch_embed.proj.weight"]
+    patches = torch.nn.functional.unfold(square(pictures(), 32), 8, stride=8).transpose(1, 2)
+    x = patches @ kernel.flatten(1).T + state[at + "patch_embed.proj.bias"]
+    x = torch.cat([state[at + "cls_token"].expand(len(x), 1, -1), x], 1) + state[at + "pos_embed"]
+    for block in (f"{at}blocks.0", f"{at}blocks.1"):
+        q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
+        x = x + linear(f"{block}.attn.proj", attend(q, k, v))
+        x = x + linear(f"{block}.mlp.fc2", gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x, 1e-6))))
+    seen = norm(at + "norm", x, 1e-6)
+
+    at, ids = "text_encoder.embeddings.", tokens["input_ids"]
+    x = state[at + "word_embeddings.weight"][ids] + state[at + "position_embeddings.weight"][: ids.shape[1]]
+    x = norm(at + "LayerNorm", x, 1e-12)
+    for layer in ("text_encoder.encoder.layer.0", "text_encoder.encoder.layer.1"):
+        for part, mask in (("attention", tokens["attention_mask"]), ("crossattention", None)):
+            own, keys = f"{layer}.{part}.self", x if part == "attention" else seen
+            y = attend(linear(f"{own}.query", x), linear(f"{own}.key", keys), linear(f"{own}.value", keys), mask)
+            x = norm(f"{layer}.{part}.output.LayerNorm", x + linear(f"{layer}.{part}.output.dense", y), 1e-12)
+        y = linear(f"{layer}.output.dense", gelu(linear(f"{layer}.intermediate.dense", x)))
+        x = norm(f"{layer}.output.LayerNorm", x + y, 1e-12)
+    x = x[:, 0]
+    for number in "02467":
+        x = linear(f"mlp.layers.{number}", x)
+    return x[:, 0]
+
+
 def test_imagereward_from_the_names_of_blip(tmp_path: Path) -> None:
     """Saved under BLIP's names, by a renaming of its own; the loaded one answers as the model before."""
     vision = imagereward.VISION | {k: v for k, v in VISION.items() if k != "projection_dim"}
@@ -191,6 +239,8 @@ def test_imagereward_from_the_names_of_blip(tmp_path: Path) -> None:
     model.tokenizer = reward.tokenizer
     with torch.no_grad():
         torch.testing.assert_close(scores, model(pictures(), CAPTIONS))
+        by_hand = blip_score({k.removeprefix("blip."): v for k, v in state.items()}, tokens(folder, imagereward.LENGTH))
+        torch.testing.assert_close(scores, (by_hand - 0.16717) / 1.03334, rtol=1e-4, atol=1e-5)
         swapped = model(pictures(), CAPTIONS[::-1])
     assert (scores - swapped).abs().min() > 1e-6  # the caption counts
     with pytest.raises(HypersdError, match="it must be the state dict of ImageReward.pt"):

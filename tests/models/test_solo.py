@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hypersd.errors import HypersdError
 from hypersd.models.rewards import Instances
@@ -129,6 +132,75 @@ def test_keys_and_shapes_are_those_of_the_public_file(solo: Solo, tmp_path: Path
     path.write_bytes(b"PK\x03\x04 a zip")
     with pytest.raises(HypersdError, match="is a pickle, not safetensors"):
         load_solo(path)
+
+
+def by_hand(state: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """SOLO's class and mask logits from the public file's names and the papers' words; pictures of a multiple of 32."""
+
+    def bn(name: str, x: Tensor) -> Tensor:
+        scale = state[f"{name}.weight"] / (state[f"{name}.running_var"] + 1e-5).sqrt()
+        shift = state[f"{name}.bias"] - scale * state[f"{name}.running_mean"]
+        return scale[:, None, None] * x + shift[:, None, None]
+
+    def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, weight.shape[-1] // 2)
+
+    def gn(name: str, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (32, -1)).flatten(2)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, unbiased=False, keepdim=True)
+        x = ((groups - mean) / (var + 1e-5).sqrt()).view_as(x)
+        return x * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
+
+    def scaled(x: Tensor, size: Any) -> Tensor:
+        return F.interpolate(x, size=size, mode="bilinear")
+
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    x = ((images + 1) / 2 * 255 - mean[:, None, None]) / std[:, None, None]
+    x = F.max_pool2d(bn("backbone.bn1", conv("backbone.conv1", x, 2)).relu(), 3, 2, 1)
+    maps = []
+    for stage, blocks in enumerate((3, 4, 6, 3), 1):
+        for block in range(blocks):
+            at, stride = f"backbone.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = bn(f"{at}.bn1", conv(f"{at}.conv1", x)).relu()
+            y = bn(f"{at}.bn2", conv(f"{at}.conv2", y, stride)).relu()
+            y = bn(f"{at}.bn3", conv(f"{at}.conv3", y))
+            x = (y + (bn(f"{at}.downsample.1", conv(f"{at}.downsample.0", x, stride)) if block == 0 else x)).relu()
+        maps.append(x)
+    tops = [conv(f"neck.lateral_convs.{i}.conv", m) for i, m in enumerate(maps)]
+    for i in (2, 1, 0):
+        tops[i] = tops[i] + tops[i + 1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    levels = [conv(f"neck.fpn_convs.{i}.conv", top) for i, top in enumerate(tops)]
+    levels.append(levels[3][:, :, ::2, ::2])
+    levels[0], levels[4] = scaled(levels[0], levels[1].shape[2:]), scaled(levels[4], levels[3].shape[2:])
+    cells, drawn = [], []
+    for i, (x, grid) in enumerate(zip(levels, (40, 36, 24, 16, 12), strict=True)):
+        high, wide = x.shape[2:]
+        across = torch.linspace(-1, 1, wide).expand(len(x), 1, high, wide)
+        down = torch.linspace(-1, 1, high)[:, None].expand(len(x), 1, high, wide)
+        mask, cell = torch.cat([x, across, down], 1), scaled(x, grid)
+        for j in range(7):
+            mask = gn(f"mask_head.mask_convs.{j}.gn", conv(f"mask_head.mask_convs.{j}.conv", mask)).relu()
+            cell = gn(f"mask_head.cls_convs.{j}.gn", conv(f"mask_head.cls_convs.{j}.conv", cell)).relu()
+        drawn.append(conv(f"mask_head.conv_mask_list.{i}", scaled(mask, (2 * high, 2 * wide))))
+        cells.append(conv("mask_head.conv_cls", cell))
+    return cells, drawn
+
+
+def test_the_network_is_solo_s_own() -> None:
+    """Against a second derivation, with statistics in the norms that are no ones and zeros."""
+    torch.manual_seed(3)
+    model = Solo().eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("running_var", "bn1.weight", "bn2.weight", "bn3.weight", "gn.weight", "downsample.1.weight")):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith(("running_mean", "bias")):
+            tensor.uniform_(-0.2, 0.2)
+    images = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for found, expected in zip(model.predict(images), by_hand(model.state_dict(), images), strict=True):
+        for level, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(level, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert min(float(level.std()) for level in expected) > 0.01
 
 
 def test_shapes_of_the_levels_and_the_gradient_in_the_picture(solo: Solo) -> None:

@@ -27,7 +27,6 @@ VISION = {
     "patch_size": 16, "image_size": 224, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 # is_decoder gives the layers their cross-attention; no call here is causal
-# is_decoder gives the layers their cross-attention; no call here is causal
 TEXT = {
     "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "vocab_size": 30524, "max_position_embeddings": 512, "is_decoder": True,
