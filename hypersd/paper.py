@@ -56,7 +56,7 @@ from hypersd.sampling.timesteps import trailing
 
 VARIETY = (64, 4)  # captions, pictures of each
 CAPTIONS_SEED = 1  # every row is judged on the same captions; recipes were chosen on those of seed 0
-MAIN = ("unified", "tscd")  # what the others are compared with: all of the first that is among the variants
+MAIN = {"unified": (), "tscd": ("tcd",)}  # what is compared, with these methods or with all others
 PAIRED = ("frechet", "alignment", "objects", "aesthetic")  # compared caption by caption
 RESAMPLES = 200  # of the Frechet distance; 1,000 of the others, which are means over the captions
 
@@ -242,10 +242,12 @@ class Paper:
         """One row of `pairs` for each column of PAIRED; earlier ones over fewer seeds stay."""
         self.pairs.read()
         offered = [v for v in variants if "2" in v.tables and v.stages]
-        method = next((name for name in MAIN if any(v.method == name for v in offered)), None)
         found = {v.folder: {seed: self.comparable(v, seed) for seed in seeds} for v in offered}
-        mains, others = ([v for v in offered if (v.method == method) is wanted] for wanted in (True, False))
-        for main, other in product(mains, others):
+        for main, other in product(offered, offered):
+            if main.method not in MAIN or other.method not in (MAIN[main.method] or {v.method for v in offered}):
+                continue
+            if main.method == other.method:
+                continue
             ours, theirs = found[main.folder], found[other.folder]
             for steps, column in product(sorted(set(main.steps) & set(other.steps)), PAIRED):
                 name = f"{steps}/{column}"

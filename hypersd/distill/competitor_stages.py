@@ -126,6 +126,11 @@ class PeRFlowStage(GuidedStage):
     solver_steps: Positive = 8
     sampling_guidance: Annotated[float, Field(ge=1)] = 1.0
 
+    @model_validator(mode="after")
+    def _consistent(self) -> PeRFlowStage:
+        self._guided_once()
+        return self
+
     @property
     def name(self) -> str:
         return f"{self.method}-{self.windows}"

@@ -128,6 +128,15 @@ class GuidedStage(BaseStage):
                 )
         return self
 
+    def _guided_once(self) -> None:
+        """Raises ValueError where the sampler is to guide what the teacher's guidance has taught already."""
+        sampled = getattr(self, "sampling_guidance", 1.0)
+        if sampled > 1 and self.guidance_scale != (1.0, 1.0):
+            raise ValueError(
+                f"sampling_guidance = {sampled:g} would guide twice what guidance_scale = {list(self.guidance_scale)} "
+                "has taught; set guidance_scale = [1, 1]"
+            )
+
     @property
     def needs_previous(self) -> bool:
         return getattr(self, "teacher", "base") == "previous_stage"

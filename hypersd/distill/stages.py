@@ -87,6 +87,7 @@ class TSCDStage(ConsistencyStage):
         if self.adversarial_weight == 0 and not self.staged_weights:
             of_the_critic = ("critic", "adaptive", "unconditional", "critic_warmup", "critic_learning_rate")
             self._belong("adversarial_weight above 0 or staged_weights", *of_the_critic, "critic_real")
+        self._guided_once()
         if self.critic_real == "data" and self.segments > 1:
             raise ValueError(f'critic_real = "data" is for one segment, not {self.segments}: elsewhere ends are noisy')
         if self.critic == "features":

@@ -51,6 +51,14 @@ def test_shipped_recipes_are_the_paper_s_stages() -> None:
         assert weights == [(1.0, 0.0), (1.0, 0.1), (0.5, 0.2), (0.25, 0.3)]
 
 
+@pytest.mark.parametrize("stage", [{"method": "tscd", "segments": 8}, {"method": "perflow"}])
+def test_what_was_taught_with_guidance_is_not_guided_again(stage: dict[str, Any]) -> None:
+    one = stage | {"iterations": 1, "sampling_guidance": 2.5}
+    assert parse_recipe({"stages": [one | {"guidance_scale": [1.0, 1.0]}]}).stages[0].sampling_guidance == 2.5
+    with pytest.raises(HypersdError, match=r"would guide twice what guidance_scale = \[7.0, 9.0\] has taught"):
+        parse_recipe({"stages": [one]})
+
+
 def test_overrides() -> None:
     recipe = load_recipe(
         "emoji-quick",

@@ -301,6 +301,12 @@ def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None
         ends = [np.mean([values[name, seed][column] for seed in row["seeds"]]) for name in sides]
         assert row["difference"] == pytest.approx(ends[0] - ends[1], rel=1e-5)
         assert row["low"] < row["difference"] < row["high"] and row["against"] == "tcd" and row["steps"] == 2
+    tscd, lcm = (next(v for v in VARIANTS if v.method == name) for name in ("tscd", "lcm"))
+    for variant in (tscd, lcm):
+        first.keep(variant, 2, 1, {"features": torch.randn(16, 8, generator=generator)})
+    job("fourth").compare([tscd, theirs, lcm], [1])
+    added = [json.loads(line) for line in rows.with_name("paper-pairs.jsonl").read_text().splitlines()][len(written) :]
+    assert [(row["method"], row["against"], row["column"]) for row in added] == [("tscd", "tcd", "frechet")]
 
 
 @pytest.mark.slow
