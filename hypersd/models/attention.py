@@ -1,13 +1,18 @@
 """Attention of a diffusers network by the operator, which picks what is fastest where it runs: its own kernels, or
-torch's scaled_dot_product_attention. Projections, norms and rotary positions stay the network's. Layers that are masked
-or unusual keep their processor.
+torch's scaled_dot_product_attention. Projections, norms and rotary positions stay the network's.
+
+The layers change, their processors stay diffusers' own. So what diffusers and its users do with processors goes on
+working, and a layer that is masked, or whose processor or attention backend is another than the usual, computes as
+diffusers does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -16,98 +21,51 @@ from torch import Tensor, nn
 from hypersd.kernels import attention
 
 
-class FusedProcessor:
-    """Stands before the processor `otherwise`, which takes over whatever this one cannot compute: a plain one unless
-    given, for diffusers makes processors of the class that it finds (IP-Adapters)."""
+class FusedAttention(Attention):
+    """The layers of a UNet and of SD3."""
 
-    plain: type
-
-    def __init__(self, otherwise: Any = None) -> None:
-        self.otherwise = self.plain() if otherwise is None else otherwise
-
-
-def _of_otherwise(name: str) -> property:
-    return property(lambda self: getattr(self.otherwise, name, None), lambda self, v: setattr(self.otherwise, name, v))
-
-
-class FusedAttention(FusedProcessor):
-    """UNet: softmax(q k^T / sqrt(d)) v, keys and values of the picture or of the text."""
-
-    plain = AttnProcessor2_0
-
-    def __call__(
+    def forward(
         self,
-        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None or hidden_states.dim() != 3:
-            return self.otherwise(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        q, k, v = (_heads(t, attn.heads) for t in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
-        return attn.to_out[1](attn.to_out[0](_attend(q, k, v)))
+    ) -> Any:
+        ours = _OURS.get(type(self.processor))
+        is_usual = attention_mask is None and not kwargs and hidden_states.dim() == 3 and not _is_backend_chosen()
+        if ours is None or not is_usual:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        return ours(self, hidden_states, encoder_hidden_states)
 
 
-class FusedJointAttention(FusedProcessor):
-    """SD3: picture and text attend to both; a layer without text is the picture's own."""
-
-    plain = JointAttnProcessor2_0
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if attention_mask is not None:
-            return self.otherwise(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        x, text = hidden_states, encoder_hidden_states
-        q, k, v = (_heads(project(x), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = _normed(q, attn.norm_q), _normed(k, attn.norm_k)
-        if text is None:
-            return attn.to_out[1](attn.to_out[0](_attend(q, k, v)))
-        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (_heads(project(text), attn.heads) for project in projections)
-        text_q, text_k = _normed(text_q, attn.norm_added_q), _normed(text_k, attn.norm_added_k)
-        pairs = ((q, text_q), (k, text_k), (v, text_v))
-        out = _attend(*(torch.cat(pair, dim=1) for pair in pairs))
-        picture, words = out.split_with_sizes([x.shape[1], text.shape[1]], dim=1)
-        if not attn.context_pre_only:
-            words = attn.to_add_out(words)
-        return attn.to_out[1](attn.to_out[0](picture)), words
-
-
-class FusedFluxAttention(FusedProcessor):
+class FusedFluxAttention(FluxAttention):
     """FLUX: text and picture attend to both, in that order, with rotary positions; single blocks see one sequence."""
 
-    plain = FluxAttnProcessor
-    # chosen by the network's user, now or later: then `otherwise` computes
-    _attention_backend, _parallel_config = _of_otherwise("_attention_backend"), _of_otherwise("_parallel_config")
-
-    def __call__(
+    def forward(
         self,
-        attn: FluxAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        x, text = hidden_states, encoder_hidden_states
-        is_chosen = self._attention_backend is not None or self._parallel_config is not None
-        if attention_mask is not None or is_chosen or getattr(attn, "fused_projections", False):
-            return self.otherwise(attn, x, text, attention_mask, image_rotary_emb)
-        q, k, v = (_heads(project(x), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        **kwargs: Any,
+    ) -> Any:
+        x, text, processor = hidden_states, encoder_hidden_states, self.processor
+        if (
+            type(processor) is not FluxAttnProcessor
+            or attention_mask is not None
+            or kwargs
+            or getattr(self, "fused_projections", False)
+            or processor._attention_backend is not None
+            or processor._parallel_config is not None
+            or _is_backend_chosen()
+        ):
+            return super().forward(x, text, attention_mask, image_rotary_emb, **kwargs)
+        q, k, v = (_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
         if text is not None:
-            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_q, text_k, text_v = (_heads(project(text), attn.heads) for project in projections)
-            pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
+            projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            text_q, text_k, text_v = (_heads(project(text), self.heads) for project in projections)
+            pairs = ((self.norm_added_q(text_q), q), (self.norm_added_k(text_k), k), (text_v, v))
             q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (q, k))
@@ -115,49 +73,56 @@ class FusedFluxAttention(FusedProcessor):
         if text is None:
             return out
         words, picture = out.split_with_sizes([text.shape[1], x.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(words)
+        return self.to_out[1](self.to_out[0](picture)), self.to_add_out(words)
 
 
-_FUSED: dict[type, type[FusedProcessor]] = {
-    fused.plain: fused for fused in (FusedAttention, FusedJointAttention, FusedFluxAttention)
-}
-
-
-def install(network: nn.Module) -> None:
-    """Put the fused processors before those of the layers that they can compute."""
-    for layer in _attentions(network):
-        fused = _FUSED.get(type(layer.processor))
-        if fused is not None and _is_plain(layer):
-            layer.processor = fused(layer.processor)
-
-
-def remove(network: nn.Module) -> None:
-    """Undo `install`."""
-    for layer in _attentions(network):
-        if isinstance(layer.processor, FusedProcessor):
-            layer.processor = layer.processor.otherwise
-
-
-def is_installed(network: nn.Module) -> bool:
-    return any(isinstance(layer.processor, FusedProcessor) for layer in _attentions(network))
-
-
-def _attentions(network: nn.Module) -> list[Any]:
-    return [module for module in network.modules() if isinstance(module, Attention | FluxAttention)]
-
-
-def _is_plain(layer: Any) -> bool:
-    if isinstance(layer, FluxAttention):
-        return True
-    is_joint = type(layer.processor) is JointAttnProcessor2_0
-    return (
-        layer.spatial_norm is None
+def fused_class(layer: nn.Module) -> type[nn.Module] | None:
+    """What the layer becomes; None for a layer that no fused class computes."""
+    if type(layer) is FluxAttention:
+        return FusedFluxAttention
+    if (
+        type(layer) is Attention
+        and layer.spatial_norm is None
         and layer.group_norm is None
-        and (is_joint or (layer.norm_q is None and layer.norm_k is None))
         and not layer.norm_cross
         and not layer.residual_connection
         and layer.rescale_output_factor == 1.0
-    )
+    ):
+        return FusedAttention
+    return None
+
+
+def _of_unet(attn: Attention, x: Tensor, text: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, keys and values of the picture or of the text."""
+    context = x if text is None else text
+    q, k, v = (_heads(t, attn.heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+    return attn.to_out[1](attn.to_out[0](_attend(_normed(q, attn.norm_q), _normed(k, attn.norm_k), v)))
+
+
+def _of_sd3(attn: Attention, x: Tensor, text: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """Picture and text attend to both; a layer without text is the picture's own."""
+    q, k, v = (_heads(project(x), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
+    q, k = _normed(q, attn.norm_q), _normed(k, attn.norm_k)
+    if text is None:
+        return attn.to_out[1](attn.to_out[0](_attend(q, k, v)))
+    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    text_q, text_k, text_v = (_heads(project(text), attn.heads) for project in projections)
+    text_q, text_k = _normed(text_q, attn.norm_added_q), _normed(text_k, attn.norm_added_k)
+    pairs = ((q, text_q), (k, text_k), (v, text_v))
+    out = _attend(*(torch.cat(pair, dim=1) for pair in pairs))
+    picture, words = out.split_with_sizes([x.shape[1], text.shape[1]], dim=1)
+    if not attn.context_pre_only:
+        words = attn.to_add_out(words)
+    return attn.to_out[1](attn.to_out[0](picture)), words
+
+
+# what is computed for each processor that is known here
+_OURS: dict[type, Callable[..., Any]] = {AttnProcessor2_0: _of_unet, JointAttnProcessor2_0: _of_sd3}
+
+
+def _is_backend_chosen() -> bool:
+    """Whether diffusers' `attention_backend`, `set_attention_backend` or environment variable names a backend."""
+    return _AttentionBackendRegistry.get_active_backend()[0] != AttentionBackendName.NATIVE
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:

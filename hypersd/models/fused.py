@@ -1,7 +1,7 @@
 """A diffusers network on the fused operators: GroupNorm with its SiLU, GEGLU, attention; fewer passes over memory.
 
-Only classes and attention processors change, in place: weights, state dict, LoRA keys and module paths stay what they
-are, and layers that were wrapped meanwhile (LoRA slots) are found by their names as before.
+Only classes of layers change, in place: weights, state dict, LoRA keys, module paths and attention processors stay
+what they are, and layers that were wrapped meanwhile (LoRA slots) are found by their names as before.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hypersd.errors import HypersdError
 from hypersd.kernels import geglu, group_norm_silu
-from hypersd.models import attention
+from hypersd.models.attention import FusedAttention, FusedFluxAttention, fused_class
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -105,6 +107,8 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedGEGLU: GEGLU,
     FusedResnetBlock2D: ResnetBlock2D,
     FusedTransformer2DModel: Transformer2DModel,
+    FusedAttention: Attention,
+    FusedFluxAttention: FluxAttention,
 }
 # what a layer becomes by itself, whatever is beside it
 _ALONE = {_PLAIN[cls]: cls for cls in (FusedGroupNorm, FusedGEGLU, FusedTransformer2DModel)}
@@ -135,21 +139,21 @@ def fuse(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if type(module) in _ALONE:
             classes.setdefault(module, _ALONE[type(module)])
+        elif attention := fused_class(module):
+            classes[module] = attention
     _change(network, classes)
-    attention.install(network)
     return network
 
 
 def unfuse(network: nn.Module) -> nn.Module:
     """Undo `fuse`, in place; returns `network`. Raises HypersdError as `fuse`."""
     _change(network, {module: _PLAIN[type(module)] for module in network.modules() if type(module) in _PLAIN})
-    attention.remove(network)
     return network
 
 
 def is_fused(network: nn.Module) -> bool:
     """Whether any layer of the network runs on the fused operators."""
-    return any(type(module) in _PLAIN for module in network.modules()) or attention.is_installed(network)
+    return any(type(module) in _PLAIN for module in network.modules())
 
 
 def _change(network: nn.Module, classes: Mapping[nn.Module, type[nn.Module]]) -> None:

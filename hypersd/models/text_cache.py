@@ -16,7 +16,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from hypersd.models.attention import FusedAttention
 from hypersd.models.lora import is_folding, route, stamp, use_role
 
 if TYPE_CHECKING:
@@ -97,5 +96,5 @@ def why_not(network: nn.Module) -> str:
         return "the network changes the text before its layers see it"
     layers = {path.rpartition(".")[0] for path in paths}
     processors = {type(network.get_submodule(layer).processor) for layer in layers}
-    strange = processors - {AttnProcessor, AttnProcessor2_0, FusedAttention}
+    strange = processors - {AttnProcessor, AttnProcessor2_0}
     return f"{next(iter(strange)).__name__} may treat the text in its own way" if strange else ""
