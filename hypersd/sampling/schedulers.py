@@ -78,6 +78,15 @@ class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             found = self._tables[key, device] = torch.from_numpy(np.ascontiguousarray(make())).to(device)
         return found
 
+    def _level(self, table: Tensor, timestep: int | Tensor) -> Tensor:
+        """Row of level `timestep` out of all, looked up on the device: a tensor is never read by the host."""
+        if isinstance(timestep, Tensor):
+            return table.index_select(0, timestep.to(table.device).reshape(1))[0]
+        t, T = int(timestep), self.process.num_train_timesteps
+        if not 0 <= t < T:
+            raise HypersdError(f"timestep {t} is not one of the model's, 0..{T - 1}")
+        return table[t]
+
     def _needs_steps(self) -> None:
         if self.num_inference_steps is None:
             raise HypersdError("the scheduler has no timesteps yet; call set_timesteps first")
@@ -219,11 +228,7 @@ class DDIMScheduler(_AffineScheduler):
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
 
     def _row(self, key: Any, timestep: int | Tensor, device: torch.device, make: Callable[..., Any]) -> Tensor:
-        """The row of level `timestep`, looked up on the device: a tensor timestep is never read by the host."""
-        table = self._table(key, device, make)
-        if isinstance(timestep, Tensor):
-            return table.index_select(0, timestep.to(device).reshape(1))[0]
-        return table[int(timestep)]
+        return self._level(self._table(key, device, make), timestep)
 
     def _clipped_rows(self, t: NDArray[np.int64], eta: float, use_clipped: bool) -> NDArray[np.float64]:
         """Rows over (x_t, m, -, clipped x_0, noise); with `use_clipped` eps is derived anew from the clipped x_0."""
@@ -236,12 +241,34 @@ class DDIMScheduler(_AffineScheduler):
 
 
 class _GridScheduler(_AffineScheduler):
-    """Schedulers whose step depends on its place in the grid: LCM and TCD."""
+    """Schedulers whose step depends on its place in the grid: LCM and TCD.
+
+    As in diffusers a step starts from the timestep that it is given and goes to the one in `timesteps` after its place,
+    which counts up from the first step's; step number `num_inference_steps` takes no noise. So `timesteps` may be
+    assigned (and `num_inference_steps`, where there are more or fewer), and a step may be given any timestep.
+    """
 
     def _setup(self) -> None:
         super()._setup()
         self._step_index: int | None = None
         self._begin_index: int | None = None
+
+    def _set_grid(self, grid: NDArray[np.int64], device: str | torch.device | None) -> None:
+        super()._set_grid(grid, device)
+        self._seen = self.timesteps, _version(self.timesteps)
+
+    def _read_grid(self) -> NDArray[np.int64]:
+        """`timesteps` on the host, read again where they were assigned or changed in place."""
+        now = self.timesteps
+        if now is not self._seen[0] or _version(now) != self._seen[1]:
+            if not isinstance(now, Tensor) or now.dim() != 1 or now.dtype not in (torch.int64, torch.int32):
+                raise HypersdError(
+                    "the timesteps assigned to the scheduler are no integer tensor of one dimension; assign one, or "
+                    "call set_timesteps(timesteps=...)"
+                )
+            self._grid, self._tables = _custom(now.tolist(), self.config.num_train_timesteps), {}
+            self._seen = now, _version(now)
+        return self._grid
 
     @property
     def step_index(self) -> int | None:
@@ -270,8 +297,8 @@ class _GridScheduler(_AffineScheduler):
         T = self.config.num_train_timesteps
         if timesteps is not None:
             grid = _custom(timesteps, T)
-            self.num_inference_steps = len(grid)
             grid = grid[len(grid) - min(int(len(grid) * strength), len(grid)) :]
+            self.num_inference_steps = len(grid)  # diffusers counts the steps left out, and LCM ends in noise
         else:
             n = self.num_inference_steps = int(num_inference_steps)  # type: ignore[arg-type]
             if any_level and original_inference_steps is not None:
@@ -288,29 +315,61 @@ class _GridScheduler(_AffineScheduler):
         self._step_index = self._begin_index = None
 
     def index_for_timestep(self, timestep: int | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Place of a timestep in the grid.
+        """Place of a timestep in the grid; the second one where `schedule_timesteps` has several.
 
         A timestep taken out of `timesteps` is recognised by its address, so a device tensor is not read by the host.
         """
-        if isinstance(timestep, Tensor) and schedule_timesteps is None:
-            offset = timestep.data_ptr() - self.timesteps.data_ptr()
-            if timestep.device == self.timesteps.device and 0 <= offset < self.timesteps.nbytes:
-                return offset // self.timesteps.element_size()
-        grid = self._grid if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
+        if schedule_timesteps is None:
+            place = self._place(timestep)
+            if place is not None:
+                return place
+        grid = self._read_grid() if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
         found = np.flatnonzero(grid == int(timestep))
         if not len(found):
             raise HypersdError(f"timestep {int(timestep)} is not one of the scheduler's {grid.tolist()[:16]}")
-        return int(found[0])
+        return int(found[1 if len(found) > 1 else 0])
+
+    def _place(self, timestep: int | Tensor) -> int | None:
+        """Place of a timestep that is, by its address, an element of `timesteps`."""
+        own = self.timesteps
+        if not isinstance(timestep, Tensor) or timestep.device != own.device or not own.is_contiguous():
+            return None
+        offset = timestep.data_ptr() - own.data_ptr()
+        return offset // own.element_size() if 0 <= offset < own.nbytes else None
 
     def _begin_step(self, timestep: int | Tensor) -> int:
         self._needs_steps()
+        grid = self._read_grid()
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         index = self._step_index
-        if index >= len(self._grid):
-            raise HypersdError(f"all {len(self._grid)} steps are done; call set_timesteps to start again")
+        if index >= len(grid):
+            raise HypersdError(f"all {len(grid)} steps are done; call set_timesteps to start again")
         self._step_index = index + 1
         return index
+
+    def _after_last(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the last step from t goes."""
+        raise NotImplementedError
+
+    def _row(
+        self,
+        key: Any,
+        index: int,
+        timestep: int | Tensor,
+        device: torch.device,
+        make: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
+    ) -> Tensor:
+        """The row of step `index` from `timestep`, out of `make(t, p)`, those of steps from t to p."""
+        grid = self._grid
+        is_own = self._place(timestep) == index if isinstance(timestep, Tensor) else timestep == grid[index]
+        if is_own:
+            after = np.append(grid[1:], self._after_last(grid[-1:]))
+            return self._table(key, device, lambda: make(grid, after))[index]
+        # another timestep, unknown to the host if it is a tensor: the rows of all levels
+        t = np.arange(self.process.num_train_timesteps)
+        after = np.full_like(t, grid[index + 1]) if index + 1 < len(grid) else self._after_last(t)
+        return self._level(self._table((key, index), device, lambda: make(t, after)), timestep)
 
 
 class TCDScheduler(_GridScheduler):
@@ -362,17 +421,25 @@ class TCDScheduler(_GridScheduler):
         """Jump to floor((1 - eta) p), re-noise to the next timestep p; the last step takes no noise. eta in [0, 1]."""
         index = self._begin_step(timestep)
         x, m = _promote(sample, model_output)
-        jump = self._table(
-            ("jump", eta), x.device, lambda: solvers.rows(solvers.tcd_parts(self.process, self._grid, eta)[0])
-        )
-        noised = previous = affine_step(x, m, jump[index])
-        if eta > 0 and index != len(self._grid) - 1:
+        row = self._row(("jump", eta), index, timestep, x.device, lambda t, p: solvers.rows(self._parts(t, p, eta)[0]))
+        noised = previous = affine_step(x, m, row)
+        if eta > 0 and index + 1 != self.num_inference_steps:
             noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=x.dtype)
-            table = self._table(("step", eta), x.device, lambda: solvers.tcd_rows(self.process, self._grid, eta))
-            previous = affine_step(x, m, table[index], noise=noise)
+            row = self._row(("step", eta), index, timestep, x.device, lambda t, p: self._step_rows(t, p, eta))
+            previous = affine_step(x, m, row, noise=noise)
         if not return_dict:
             return previous, noised
         return TCDSchedulerOutput(prev_sample=previous, pred_noised_sample=noised)
+
+    def _after_last(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.zeros_like(t)
+
+    def _parts(self, t: NDArray[np.int64], p: NDArray[np.int64], eta: float) -> tuple[Any, Any]:
+        return solvers.tcd_parts(self.process, t, p, eta)
+
+    def _step_rows(self, t: NDArray[np.int64], p: NDArray[np.int64], eta: float) -> NDArray[np.float64]:
+        jump, noise = self._parts(t, p, eta)
+        return solvers.rows(jump * noise[:, :1], noise=noise[:, 1])
 
 
 class LCMScheduler(_GridScheduler):
@@ -430,32 +497,37 @@ class LCMScheduler(_GridScheduler):
         x, m = _promote(sample, model_output)
         x0 = None
         if self._clips:
-            table = self._table("x0", x.device, lambda: solvers.rows(self.process.x0(self._grid)))
-            x0 = self._clip(affine_step(x, m, table[index]))
-        table = self._table("denoised", x.device, self._denoised_rows)
-        denoised = previous = affine_step(x, m, table[index], history=x0)
-        if index != len(self._grid) - 1:
+            row = self._row("x0", index, timestep, x.device, lambda t, p: solvers.rows(self.process.x0(t)))
+            x0 = self._clip(affine_step(x, m, row))
+        row = self._row("denoised", index, timestep, x.device, lambda t, p: self._denoised_rows(t))
+        denoised = previous = affine_step(x, m, row, history=x0)
+        if index + 1 != self.num_inference_steps:
             noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=x.dtype)
-            table = self._table("step", x.device, self._renoise_rows)
-            previous = affine_step(denoised, noise, table[index])
+            row = self._row("noise", index, timestep, x.device, lambda t, p: solvers.rows(self.process.diffuse(p)))
+            previous = affine_step(denoised, noise, row)
         if not return_dict:
             return previous, denoised
         return LCMSchedulerOutput(prev_sample=previous, denoised=denoised)
 
-    def _denoised_rows(self) -> NDArray[np.float64]:
+    def _after_last(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
+        return t
+
+    def _denoised_rows(self, t: NDArray[np.int64]) -> NDArray[np.float64]:
         scaling = self.config.timestep_scaling
         if not self._clips:
-            return solvers.rows(solvers.lcm_denoised(self.process, self._grid, scaling))
-        skip, out = solvers.lcm_boundary(self._grid, scaling)
+            return solvers.rows(solvers.lcm_denoised(self.process, t, scaling))
+        skip, out = solvers.lcm_boundary(t, scaling)
         return solvers.rows(np.stack((skip, 0 * skip), -1), history=out)
-
-    def _renoise_rows(self) -> NDArray[np.float64]:
-        return solvers.rows(self.process.diffuse(self._grid[1:]))
 
 
 def _promote(sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(sample.dtype, model_output.dtype)
     return sample.to(dtype), model_output.to(dtype)
+
+
+def _version(t: Any) -> int | None:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return None if not isinstance(t, Tensor) or t.is_inference() else t._version
 
 
 def _exactly_one(num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:

@@ -108,19 +108,18 @@ def tcd(process: NoiseProcess, timesteps: Sequence[int] | ArrayLike, *, eta: flo
 
 def tcd_rows(process: NoiseProcess, t: NDArray[np.int64], eta: float) -> Array:
     """(S, 5): TCD steps along the grid t."""
-    jump, noise = tcd_parts(process, t, eta)
+    jump, noise = tcd_parts(process, t, np.append(t[1:], 0 if process.kind == "vp" else -1), eta)
     return rows(jump * noise[:, :1], noise=noise[:, 1])
 
 
-def tcd_parts(process: NoiseProcess, t: NDArray[np.int64], eta: float) -> tuple[Array, Array]:
-    """((S, 2), (S, 2)): x_s = j[0] x_t + j[1] m, then x_p = r[0] x_s + r[1] noise."""
+def tcd_parts(process: NoiseProcess, t: ArrayLike, p: ArrayLike, eta: float) -> tuple[Array, Array]:
+    """((..., 2), (..., 2)) for steps from t to p: x_s = j[0] x_t + j[1] m, then x_p = r[0] x_s + r[1] noise."""
     if not 0 <= eta <= 1:
         raise HypersdError(f"eta must be in [0, 1], got {eta}")
-    end = 0 if process.kind == "vp" else -1
-    p = np.append(t[1:], end)
+    p = np.asarray(p)
     # in float32, as every published TCD sampler: where (1 - eta) p is an integer, rounding decides the index
     s = np.floor(np.float32(1.0 - eta) * p.astype(np.float32)).astype(np.int64)
-    s[-1] = end
+    s = np.where(p < 0, p, s)
     return process.jump(t, s), process.renoise(s, p)
 
 

@@ -114,6 +114,112 @@ def test_strength_and_begin_index_equal_diffusers():
         assert (results[0] - results[1]).abs().max() < 1e-6
 
 
+def assigned(*values: int, steps: int | None = None, dtype=torch.int64):
+    def prepare(scheduler):
+        scheduler.timesteps = torch.tensor(values, dtype=dtype)
+        scheduler.num_inference_steps = steps or scheduler.num_inference_steps
+        return scheduler.timesteps
+
+    return prepare
+
+
+def of_pipelines(scheduler):
+    """StableDiffusionImg2ImgPipeline.get_timesteps at strength 0.5."""
+    scheduler.set_begin_index(2)
+    return scheduler.timesteps[2:]
+
+
+def cut(scheduler):
+    scheduler.timesteps = scheduler.timesteps[1:]
+    return scheduler.timesteps
+
+
+def changed_in_place(scheduler):
+    scheduler.step(torch.zeros(1), 999, torch.zeros(1))
+    scheduler.timesteps[1:3] = torch.tensor([700, 400])
+    scheduler._step_index = None
+    return scheduler.timesteps
+
+
+# four steps were set; then this is done and steps are taken at the timesteps it returns
+USES = {
+    "begin index": of_pipelines,
+    "no begin index": lambda scheduler: scheduler.timesteps[2:],
+    "as many": assigned(900, 600, 300, 100),
+    "32 bit": assigned(900, 600, 300, 100, dtype=torch.int32),
+    "fewer": assigned(900, 300),
+    "fewer and their number": assigned(900, 300, steps=2),
+    "more": assigned(900, 800, 600, 500, 300, 100),
+    "more and their number": assigned(900, 800, 600, 500, 300, 100, steps=6),
+    "cut": cut,
+    "in place": changed_in_place,
+    "out of order": lambda scheduler: scheduler.timesteps[[0, 2, 1, 3]],
+    "off the grid": lambda scheduler: torch.tensor([999, 555, 7]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["TCDScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("as_int", [False, True])
+def test_timesteps_of_the_users_equal_diffusers(name, use, as_int):
+    results = []
+    for scheduler in pair(name, set_alpha_to_one=False):
+        scheduler.set_timesteps(4)
+        steps = USES[use](scheduler)
+        inputs, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        x, found = torch.randn(1, 4, 3, 3, generator=inputs, dtype=torch.float64), []
+        for t in steps.tolist() if as_int else steps:
+            m = torch.randn(x.shape, generator=inputs, dtype=torch.float64)
+            x, other = scheduler.step(m, t, x, generator=noise, return_dict=False)
+            found += [x, other]
+        results.append((torch.stack(found), scheduler.step_index, noise.get_state()))
+    (ours, *state), (theirs, *reference) = results
+    # diffusers computes LCM's boundary scalings in float32 where the timestep is a tensor
+    tolerance = 1e-6 if name == "LCMScheduler" and not as_int else 1e-11
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert state[0] == reference[0] and torch.equal(state[1], reference[1])
+
+
+@pytest.mark.parametrize("name", ["TCDScheduler", "LCMScheduler"])
+def test_strength_cuts_a_custom_list_to_steps_that_end_without_noise(name):
+    """diffusers goes on counting the steps that were left out: its LCM ends in noise."""
+    ours, whole = pair(name)[0], pair(name)[0]
+    ours.set_timesteps(timesteps=[999, 700, 300, 100], strength=0.5)
+    whole.set_timesteps(timesteps=[300, 100])
+    assert_same(ours, whole)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.tensor([900.0, 100.0]), "no integer tensor of one dimension; assign one, or call set_timesteps"),
+        ([900, 100], "no integer tensor of one dimension"),
+        (torch.tensor([[900, 100]]), "no integer tensor of one dimension"),
+        (torch.tensor([100, 900]), "must descend within 0..999"),
+        (torch.tensor([900, 900]), "must descend within 0..999"),
+        (torch.tensor([900, -1]), "must descend within 0..999"),
+    ],
+)
+@pytest.mark.parametrize("name", ["TCDScheduler", "LCMScheduler"])
+def test_wrong_timesteps_are_one_clear_line(name, wrong, message):
+    scheduler, x = getattr(sampling, name)(), torch.zeros(1, 4, 2, 2)
+    scheduler.set_timesteps(2)
+    scheduler.timesteps = wrong
+    with pytest.raises((HypersdError, ValueError), match=message):
+        scheduler.step(x, 900, x)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler", "LCMScheduler"])
+def test_a_timestep_that_the_model_lacks_is_refused(name):
+    scheduler, x = getattr(sampling, name)(), torch.zeros(1, 4, 2, 2)
+    scheduler.set_timesteps(2)
+    if name != "DDIMScheduler":
+        scheduler.set_begin_index(0)
+    for t in (-1, 1000):
+        with pytest.raises(HypersdError, match=f"timestep {t} is not one of the model's, 0..999"):
+            scheduler.step(x, t, x)
+
+
 def test_adding_noise_and_velocity_equal_diffusers():
     for name in ("DDIMScheduler", "TCDScheduler", "LCMScheduler"):
         ours, theirs = pair(name)
@@ -186,7 +292,8 @@ def test_no_step_reads_the_device(monkeypatch):
     for name in ("DDIMScheduler", "TCDScheduler", "LCMScheduler"):
         scheduler = getattr(sampling, name)(**CONFIG)
         scheduler.set_timesteps(4)
-        timesteps = list(scheduler.timesteps)
+        # the last is no element of the scheduler's tensor
+        timesteps = [*scheduler.timesteps[:3], scheduler.timesteps[3].clone()]
         with monkeypatch.context() as patch:
             for method in ("item", "__int__", "__bool__", "__float__", "__index__", "tolist", "numpy"):
                 patch.setattr(torch.Tensor, method, stall)
