@@ -8,6 +8,7 @@ never touches a tensor. Trainer and samplers both read them here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class NoiseProcess:
     SDXL), 1 and 0 otherwise. `kind` is "vp" or "flow"; `prediction_type` says what the network outputs:
     "epsilon", "v_prediction", "sample" (VP) or "flow_prediction" (flow, v = eps - x_0). `shift` is the m of a flow
     schedule, sigma = m u / (1 + (m - 1) u) with u = (t + 1) / T; `is_dynamic` says that it comes from the picture size.
-    Raises HypersdError for levels that leave a coefficient non-finite (epsilon prediction at zero terminal SNR).
+    Raises HypersdError for levels that leave a coefficient non-finite (epsilon prediction at zero terminal SNR), unless
+    `is_partial` says that they will be left out: `undefined` names them.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class NoiseProcess:
     final_sigma: float
     shift: float = 1.0
     is_dynamic: bool = False
+    is_partial: bool = False
 
     def __post_init__(self) -> None:
         allowed = {"vp": _VP_PREDICTIONS, "flow": ("flow_prediction",)}.get(self.kind)
@@ -61,15 +64,20 @@ class NoiseProcess:
             values.flags.writeable = False
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "sigma", sigma)
-        levels = np.arange(len(alpha))
-        with np.errstate(all="ignore"):
-            finite = np.isfinite(self.x0(levels)).all(-1) & np.isfinite(self.eps(levels)).all(-1)
-        if not finite.all():
-            t = int(levels[~finite][-1])
+        if len(self.undefined) and not self.is_partial:
+            t = self.undefined[-1]
             raise HypersdError(
                 f"the noise schedule has alpha = {alpha[t]:.3g}, sigma = {sigma[t]:.3g} at t = {t}, where "
                 f"{self.prediction_type} prediction is undefined; use v_prediction or drop rescale_betas_zero_snr"
             )
+
+    @functools.cached_property
+    def undefined(self) -> list[int]:
+        """The levels at which x_t and m say nothing of x_0 or of eps."""
+        levels = np.arange(len(self.alpha))
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(self.x0(levels)).all(-1) & np.isfinite(self.eps(levels)).all(-1)
+        return levels[~finite].tolist()
 
     @classmethod
     def from_config(
@@ -104,7 +112,7 @@ class NoiseProcess:
 
     @classmethod
     def from_alphas_cumprod(
-        cls, alphas_cumprod: ArrayLike, *, prediction_type: str, set_alpha_to_one: bool
+        cls, alphas_cumprod: ArrayLike, *, prediction_type: str, set_alpha_to_one: bool, is_partial: bool = False
     ) -> NoiseProcess:
         """A VP process from alpha_bar_t = alpha_t^2, shape (T,)."""
         abar = np.asarray(alphas_cumprod, dtype=np.float64)
@@ -114,7 +122,7 @@ class NoiseProcess:
             )
         alpha, sigma = np.sqrt(abar), np.sqrt(1.0 - abar)
         final = (1.0, 0.0) if set_alpha_to_one else (float(alpha[0]), float(sigma[0]))
-        return cls("vp", prediction_type, alpha, sigma, *final)
+        return cls("vp", prediction_type, alpha, sigma, *final, is_partial=is_partial)
 
     @classmethod
     def _flow(cls, config: Mapping[str, Any], mu: float | None, latent_size: tuple[int, int] | None) -> NoiseProcess:

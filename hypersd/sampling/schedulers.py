@@ -62,6 +62,7 @@ class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.alphas_cumprod.numpy(),
             prediction_type=config.prediction_type,
             set_alpha_to_one=config.set_alpha_to_one,
+            is_partial=True,  # few grids reach the last level, the one that may be undefined
         )
         self.num_inference_steps: int | None = None
         self._set_grid(np.arange(config.num_train_timesteps, dtype=np.int64)[::-1].copy(), None)
@@ -70,21 +71,51 @@ class _AffineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._grid = grid
         self._tables: dict[Any, Tensor] = {}
         self.timesteps = torch.from_numpy(grid).to(device)
+        self._seen = self.timesteps, _version(self.timesteps)
+
+    @property
+    def _is_grid(self) -> bool:
+        """Whether `timesteps` are what they were set to; not assigned since, nor changed in place."""
+        return self.timesteps is self._seen[0] and _version(self.timesteps) == self._seen[1]
+
+    def _host(self, timestep: int | Tensor) -> int | None:
+        """The timestep, where the host knows it: a number, or by its address an element of `timesteps`.
+
+        Raises HypersdError for one that the model lacks, or at which it has no sample.
+        """
+        if not isinstance(timestep, Tensor):
+            t = int(timestep)
+        elif self._is_grid and timestep.device == self.timesteps.device and self.timesteps.is_contiguous():
+            offset = timestep.data_ptr() - self.timesteps.data_ptr()
+            if not 0 <= offset < self.timesteps.nbytes:
+                return None
+            t = int(self._grid[offset // self.timesteps.element_size()])
+        else:
+            return None
+        if not 0 <= t < self.process.num_train_timesteps:
+            raise HypersdError(f"timestep {t} is not one of the model's, 0..{self.process.num_train_timesteps - 1}")
+        if t in self.process.undefined:
+            raise HypersdError(
+                f"timestep {t} is pure noise (rescale_betas_zero_snr), where {self.config.prediction_type} prediction "
+                "says nothing of the picture; start below it (timestep_spacing='leading'), or use the model's own "
+                "prediction_type if it is v_prediction"
+            )
+        return t
 
     def _table(self, key: Any, device: torch.device, make: Callable[[], NDArray[np.float64]]) -> Tensor:
         """Rows of affine_step on `device`, made once per `key` and grid."""
         found = self._tables.get((key, device))
         if found is None:
-            found = self._tables[key, device] = torch.from_numpy(np.ascontiguousarray(make())).to(device)
+            with np.errstate(divide="ignore", invalid="ignore"):  # in rows of undefined levels
+                found = self._tables[key, device] = torch.from_numpy(np.ascontiguousarray(make())).to(device)
         return found
 
     def _level(self, table: Tensor, timestep: int | Tensor) -> Tensor:
         """Row of level `timestep` out of all, looked up on the device: a tensor is never read by the host."""
-        if isinstance(timestep, Tensor):
+        t = self._host(timestep)
+        if t is None:
+            assert isinstance(timestep, Tensor)
             return table.index_select(0, timestep.to(table.device).reshape(1))[0]
-        t, T = int(timestep), self.process.num_train_timesteps
-        if not 0 <= t < T:
-            raise HypersdError(f"timestep {t} is not one of the model's, 0..{T - 1}")
         return table[t]
 
     def _needs_steps(self) -> None:
@@ -253,14 +284,10 @@ class _GridScheduler(_AffineScheduler):
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _set_grid(self, grid: NDArray[np.int64], device: str | torch.device | None) -> None:
-        super()._set_grid(grid, device)
-        self._seen = self.timesteps, _version(self.timesteps)
-
     def _read_grid(self) -> NDArray[np.int64]:
         """`timesteps` on the host, read again where they were assigned or changed in place."""
-        now = self.timesteps
-        if now is not self._seen[0] or _version(now) != self._seen[1]:
+        if not self._is_grid:
+            now = self.timesteps
             if not isinstance(now, Tensor) or now.dim() != 1 or now.dtype not in (torch.int64, torch.int32):
                 raise HypersdError(
                     "the timesteps assigned to the scheduler are no integer tensor of one dimension; assign one, or "
@@ -319,23 +346,13 @@ class _GridScheduler(_AffineScheduler):
 
         A timestep taken out of `timesteps` is recognised by its address, so a device tensor is not read by the host.
         """
-        if schedule_timesteps is None:
-            place = self._place(timestep)
-            if place is not None:
-                return place
         grid = self._read_grid() if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
-        found = np.flatnonzero(grid == int(timestep))
+        t = self._host(timestep)
+        t = int(timestep) if t is None else t
+        found = np.flatnonzero(grid == t)
         if not len(found):
-            raise HypersdError(f"timestep {int(timestep)} is not one of the scheduler's {grid.tolist()[:16]}")
+            raise HypersdError(f"timestep {t} is not one of the scheduler's {grid.tolist()[:16]}")
         return int(found[1 if len(found) > 1 else 0])
-
-    def _place(self, timestep: int | Tensor) -> int | None:
-        """Place of a timestep that is, by its address, an element of `timesteps`."""
-        own = self.timesteps
-        if not isinstance(timestep, Tensor) or timestep.device != own.device or not own.is_contiguous():
-            return None
-        offset = timestep.data_ptr() - own.data_ptr()
-        return offset // own.element_size() if 0 <= offset < own.nbytes else None
 
     def _begin_step(self, timestep: int | Tensor) -> int:
         self._needs_steps()
@@ -362,8 +379,7 @@ class _GridScheduler(_AffineScheduler):
     ) -> Tensor:
         """The row of step `index` from `timestep`, out of `make(t, p)`, those of steps from t to p."""
         grid = self._grid
-        is_own = self._place(timestep) == index if isinstance(timestep, Tensor) else timestep == grid[index]
-        if is_own:
+        if self._host(timestep) == grid[index]:
             after = np.append(grid[1:], self._after_last(grid[-1:]))
             return self._table(key, device, lambda: make(grid, after))[index]
         # another timestep, unknown to the host if it is a tensor: the rows of all levels

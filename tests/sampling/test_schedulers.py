@@ -241,15 +241,33 @@ def test_beta_schedules_equal_diffusers(schedule):
     pair("DDIMScheduler", trained_betas=np.linspace(1e-4, 0.02, 1000).tolist())
 
 
-def test_zero_terminal_snr_is_handled_for_v_and_refused_for_epsilon():
+def test_zero_terminal_snr_is_handled_for_v():
     ours, theirs = pair(
         "DDIMScheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
     )
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(4)
     assert_same(ours, theirs)
-    with pytest.raises(HypersdError, match="t = 999.*v_prediction"):
-        sampling.DDIMScheduler(**CONFIG, rescale_betas_zero_snr=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler", "LCMScheduler"])
+def test_zero_terminal_snr_with_epsilon_is_refused_at_pure_noise_alone(name, tmp_path):
+    ours, theirs = pair(name, rescale_betas_zero_snr=True)
+    ours.save_pretrained(tmp_path)
+    again = type(ours).from_config(type(ours).load_config(tmp_path))
+    assert again.config.rescale_betas_zero_snr and again.config.prediction_type == "epsilon"
+    for scheduler in (again, theirs):
+        if name == "DDIMScheduler":  # spaced as the config says, "leading"
+            scheduler.set_timesteps(4)
+        else:
+            scheduler.set_timesteps(timesteps=[998, 500, 100])
+    assert_same(again, theirs, tolerance=1e-6)
+    x = torch.zeros(1, 4, 2, 2)
+    again.set_timesteps(timesteps=[999, 500])
+    for t in (999, again.timesteps[0]):
+        with pytest.raises(HypersdError, match="timestep 999 is pure noise .*epsilon prediction says nothing"):
+            again.step(x, t, x)
 
 
 def test_16_bit_is_as_close_as_diffusers():
