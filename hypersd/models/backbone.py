@@ -36,11 +36,13 @@ class Backbone(nn.Module):
     The network is changed in place (its target layers are wrapped) until `release()` hands it back. Adapters that it
     already carries through PEFT stay part of the base. Calls read their role from their argument alone, so teacher,
     student and target calls may be mixed freely, also between a checkpointed forward and its backward.
-    Raises HypersdError when no layer matches one of the targets or a role is unknown.
+    Meanwhile its `save_pretrained` refuses: no reader knows the names of wrapped layers.
+    Raises HypersdError when no layer matches one of the targets or a role is unknown, TypeError for what is no network.
     """
 
     def __init__(self, network: nn.Module, spec: LoraSpec | None = None, roles: Sequence[str] = ("student",)) -> None:
         super().__init__()
+        networks.check_network(network, "Backbone")
         self.spec = spec or LoraSpec(targets=networks.default_targets(network))
         self.network = network
         self.slots: dict[str, LoraSlot] = {}
@@ -60,6 +62,8 @@ class Backbone(nn.Module):
                 f"no linear or convolution layer of {type(network).__name__} matches the LoRA targets "
                 f"{', '.join(unmatched or self.spec.targets)}; check lora.targets"
             )
+        if hasattr(network, "save_pretrained"):
+            vars(network)["save_pretrained"] = _refuse_to_save
         for path in paths:
             self._wrap(path)
         for path in text_cache.text_layers(network):
@@ -82,9 +86,7 @@ class Backbone(nn.Module):
         """
         if not isinstance(role, str) and len(role) != len(x_t):
             raise HypersdError(f"{len(role)} roles for {len(x_t)} samples; give one role, or one for each")
-        for part in (part for each in ([role] if isinstance(role, str) else role) for part in each.split("+")):
-            if part != BASE and part not in self.roles:
-                raise HypersdError(f"the backbone has no role {part!r}; it has {[BASE, *self.roles]}")
+        self._check_roles(role)
         dtype = self.dtype
         arguments = {k: v.to(dtype) if _is_float(v) else v for k, v in cond.items()}
         projected = arguments.pop(text_cache.PROJECTED, None)
@@ -112,7 +114,11 @@ class Backbone(nn.Module):
 
     @contextmanager
     def network_of(self, role: str) -> Iterator[nn.Module]:
-        """The network, which inside runs with the role's adapter."""
+        """The network, which inside runs with the adapter of the role, or sum of roles. Raises HypersdError for an
+        unknown one."""
+        if not isinstance(role, str):
+            raise TypeError(f"network_of takes the name of a role (str), got {type(role).__name__}")
+        self._check_roles(role)
         with use_role(role):
             yield self.network
 
@@ -296,6 +302,7 @@ class Backbone(nn.Module):
         for module in self.network.modules():
             if isinstance(module, FeedForward):
                 vars(module).pop("forward", None)
+        vars(self.network).pop("save_pretrained", None)
         if getattr(self.network, "is_gradient_checkpointing", False):
             self.network.disable_gradient_checkpointing()  # type: ignore[operator]
             if self._checkpointing:
@@ -331,6 +338,11 @@ class Backbone(nn.Module):
             raise HypersdError(f"roles {src!r} and {dst!r} adapt different layers or ranks")
         return list(new.values()), list(old.values())
 
+    def _check_roles(self, role: str | Sequence[str]) -> None:
+        for part in (part for each in ([role] if isinstance(role, str) else role) for part in each.split("+")):
+            if part != BASE and part not in self.roles:
+                raise HypersdError(f"the backbone has no role {part!r}; it has {[BASE, *self.roles]}")
+
     def _require(self, role: str) -> None:
         if role not in self.roles:
             raise HypersdError(f"the backbone has no role {role!r}; it has {self.roles}")
@@ -365,6 +377,14 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return forward(*args, **kwargs)
 
     return run
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """A wrapped network's `save_pretrained`."""
+    raise HypersdError(
+        "the network is inside a Backbone, whose layers no reader of the file would know; write a role by "
+        "hypersd.models.save_lora(path, backbone, role), or save what backbone.release() returns"
+    )
 
 
 def _can_wrap(module: nn.Module) -> bool:

@@ -128,8 +128,9 @@ def _trainable_copy(network: Any) -> Any:
     for path, module in list(found.named_modules()):
         if isinstance(module, LoraSlot):
             found.set_submodule(path, module.base)
-    for module in found.modules():  # a forward that recomputes belongs to the original
+    for module in found.modules():  # a forward that recomputes belongs to the original, and so does what may be saved
         vars(module).pop("forward", None)
+        vars(module).pop("save_pretrained", None)
     return found.float().requires_grad_(True)
 
 

@@ -33,6 +33,7 @@ class FullBackbone(nn.Module):
 
     def __init__(self, network: nn.Module, roles: Sequence[str] = ("student",)) -> None:
         super().__init__()
+        networks.check_network(network, "FullBackbone")
         if any(".lora_" in name for name, _ in network.named_parameters()):
             raise HypersdError(
                 f"the {type(network).__name__} has PEFT adapters inside; merge or unload them before all weights are "

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hypersd.errors import HypersdError
 from hypersd.kernels import geglu, group_norm_silu
+from hypersd.models import networks
 from hypersd.models.attention import FusedAttention, FusedFluxAttention, fused_class
 
 
@@ -127,8 +128,9 @@ def fuse(network: nn.Module) -> nn.Module:
     Outputs agree to rounding (those of norms that took in their SiLU are after it); state dict and LoRA keys do not
     change. Do it before or after Backbone wraps the network, with or without gradient checkpointing, once or twice.
     Raises HypersdError, and changes nothing, where a hook stands in place of the forward of a layer that would change
-    (offloading of diffusers and accelerate).
+    (offloading of diffusers and accelerate); TypeError for what is no network.
     """
+    networks.check_network(network, "fuse")
     classes: dict[Any, type[nn.Module]] = {}
     for module in network.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
@@ -146,7 +148,8 @@ def fuse(network: nn.Module) -> nn.Module:
 
 
 def unfuse(network: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place; returns `network`. Raises HypersdError as `fuse`."""
+    """Undo `fuse`, in place; returns `network`. Raises as `fuse`."""
+    networks.check_network(network, "unfuse")
     _change(network, {module: _PLAIN[type(module)] for module in network.modules() if type(module) in _PLAIN})
     return network
 

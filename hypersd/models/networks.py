@@ -62,6 +62,15 @@ def kind(network: nn.Module) -> str:
     return "flux" if isinstance(network, FluxTransformer2DModel) else "unet"
 
 
+def check_network(network: Any, taker: str) -> None:
+    """Raises TypeError for what is no network, of what `taker` takes."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"{taker} takes a network (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel, or another "
+            f"torch.nn.Module), got {type(network).__name__}; of a pipeline take pipe.unet, pipe.transformer or pipe.vae"
+        )
+
+
 def default_targets(network: nn.Module) -> tuple[str, ...]:
     """The layers that get a LoRA unless a recipe or a spec names others."""
     return LCM_TARGETS if kind(network) == "unet" else DIT_TARGETS

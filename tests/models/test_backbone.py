@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from hypersd.errors import HypersdError
-from hypersd.models import Backbone, LoraSpec
+from hypersd.models import Backbone, FullBackbone, LoraSpec, fuse, unfuse
 from hypersd.models import backbone as backbone_module
 from hypersd.models import lora as lora_module
 from tests.conftest import make_flux, make_sd3, make_unet
@@ -456,6 +456,29 @@ def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
         backbone.add_role("ema")
     with pytest.raises(HypersdError, match="no role 'none'"):
         backbone.copy_role("none", "ema")
+    with pytest.raises(HypersdError, match="no role 'none'"), backbone.network_of("student+none"):
+        pass
+    with pytest.raises(TypeError, match="network_of takes the name of a role .*got NoneType"), backbone.network_of(None):
+        pass
+
+
+@pytest.mark.parametrize("taker", [Backbone, FullBackbone, fuse, unfuse])
+@pytest.mark.parametrize("wrong", ["unet", None])
+def test_what_is_no_network_is_one_clear_line(taker, wrong):
+    found = f"{taker.__name__} takes a network .UNet2DConditionModel, .*got {type(wrong).__name__}; of a pipeline take"
+    with pytest.raises(TypeError, match=found):
+        taker(wrong)
+
+
+def test_a_wrapped_network_is_not_saved_under_names_that_no_reader_knows(tiny_unet, tmp_path):
+    network = copy.deepcopy(tiny_unet)
+    backbone = Backbone(network)
+    with pytest.raises(HypersdError, match="inside a Backbone.*save_lora.*release"):
+        network.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    backbone.release().save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path, local_files_only=True).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in tiny_unet.state_dict().items())
 
 
 class OneLayer(torch.nn.Module):
