@@ -54,7 +54,7 @@ class FusedFluxAttention(FluxAttention):
             type(processor) is not FluxAttnProcessor
             or attention_mask is not None
             or kwargs
-            or getattr(self, "fused_projections", False)
+            or self.fused_projections
             or processor._attention_backend is not None
             or processor._parallel_config is not None
             or _is_backend_chosen()
@@ -90,6 +90,17 @@ def fused_class(layer: nn.Module) -> type[nn.Module] | None:
     ):
         return FusedAttention
     return None
+
+
+def has_joined_projections(network: nn.Module) -> bool:
+    """Whether `fuse_qkv_projections` had the network compute q, k and v by one layer."""
+    for layer in network.modules():
+        if isinstance(layer, FluxAttention) and layer.fused_projections:
+            return True
+        # that of Attention goes on saying so when it is over
+        if isinstance(layer, Attention) and type(layer.processor).__name__.startswith("Fused"):
+            return True
+    return False
 
 
 def _of_unet(attn: Attention, x: Tensor, text: Tensor | None) -> Tensor:

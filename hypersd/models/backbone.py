@@ -13,7 +13,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from hypersd.errors import HypersdError
-from hypersd.models import formats, fused, networks, text_cache
+from hypersd.models import attention, formats, fused, networks, text_cache
 from hypersd.models.lora import (
     BASE,
     LoraSlot,
@@ -36,8 +36,9 @@ class Backbone(nn.Module):
     The network is changed in place (its target layers are wrapped) until `release()` hands it back. Adapters that it
     already carries through PEFT stay part of the base. Calls read their role from their argument alone, so teacher,
     student and target calls may be mixed freely, also between a checkpointed forward and its backward.
-    Meanwhile its `save_pretrained` refuses: no reader knows the names of wrapped layers.
-    Raises HypersdError when no layer matches one of the targets or a role is unknown, TypeError for what is no network.
+    Meanwhile those of its methods refuse that would take wrapped layers for diffusers' own (saving, PEFT, joining q, k
+    and v). Raises HypersdError when no layer matches one of the targets, q, k and v are joined already or a role is
+    unknown; TypeError for what is no network.
     """
 
     def __init__(self, network: nn.Module, spec: LoraSpec | None = None, roles: Sequence[str] = ("student",)) -> None:
@@ -57,13 +58,19 @@ class Backbone(nn.Module):
         # the usual lists name layers that only some networks have
         is_usual = self.spec.targets in (networks.LCM_TARGETS, networks.DIT_TARGETS)
         unmatched = [] if is_usual else self.spec.unmatched(paths)
+        if attention.has_joined_projections(network):
+            raise HypersdError(
+                f"this {type(network).__name__} computes q, k and v by joined layers, which take no LoRA; call its "
+                "unfuse_qkv_projections first"
+            )
         if not paths or unmatched:
             raise HypersdError(
                 f"no linear or convolution layer of {type(network).__name__} matches the LoRA targets "
                 f"{', '.join(unmatched or self.spec.targets)}; check lora.targets"
             )
-        if hasattr(network, "save_pretrained"):
-            vars(network)["save_pretrained"] = _refuse_to_save
+        for method in _REFUSED:
+            if hasattr(network, method):
+                vars(network)[method] = functools.partial(_refuse, method)
         for path in paths:
             self._wrap(path)
         for path in text_cache.text_layers(network):
@@ -302,7 +309,7 @@ class Backbone(nn.Module):
         for module in self.network.modules():
             if isinstance(module, FeedForward):
                 vars(module).pop("forward", None)
-        vars(self.network).pop("save_pretrained", None)
+        allow_all(self.network)
         if getattr(self.network, "is_gradient_checkpointing", False):
             self.network.disable_gradient_checkpointing()  # type: ignore[operator]
             if self._checkpointing:
@@ -379,12 +386,23 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    """A wrapped network's `save_pretrained`."""
-    raise HypersdError(
-        "the network is inside a Backbone, whose layers no reader of the file would know; write a role by "
-        "hypersd.models.save_lora(path, backbone, role), or save what backbone.release() returns"
-    )
+# methods of a network that do not know wrapped layers: what to do instead
+_REFUSED = {
+    "save_pretrained": "write a role by hypersd.models.save_lora(path, backbone, role), or save what release() returns",
+    "load_lora_adapter": "use backbone.load_lora_state_dict(hypersd.models.load_lora(path)[0], role) instead",
+    "add_adapter": "use backbone.add_role, or add it before",
+    "fuse_qkv_projections": "release() the network first; joined layers take no LoRA",
+}
+
+
+def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
+    raise HypersdError(f"{method} does not know the layers of a network inside a Backbone: {_REFUSED[method]}")
+
+
+def allow_all(network: nn.Module) -> None:
+    """The network's own methods again, where a Backbone made them refuse."""
+    for method in _REFUSED:
+        vars(network).pop(method, None)
 
 
 def _can_wrap(module: nn.Module) -> bool:

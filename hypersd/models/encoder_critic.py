@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypersd.models.backbone import Backbone
+from hypersd.models.backbone import Backbone, allow_all
 from hypersd.models.lora import LoraSlot
 from hypersd.models.networks import blocks, feature_map, first_half, kind, patch_size, predict
 
@@ -128,9 +128,9 @@ def _trainable_copy(network: Any) -> Any:
     for path, module in list(found.named_modules()):
         if isinstance(module, LoraSlot):
             found.set_submodule(path, module.base)
-    for module in found.modules():  # a forward that recomputes belongs to the original, and so does what may be saved
+    for module in found.modules():  # a forward that recomputes belongs to the original
         vars(module).pop("forward", None)
-        vars(module).pop("save_pretrained", None)
+    allow_all(found)
     return found.float().requires_grad_(True)
 
 

@@ -66,8 +66,8 @@ def check_network(network: Any, taker: str) -> None:
     """Raises TypeError for what is no network, of what `taker` takes."""
     if not isinstance(network, nn.Module):
         raise TypeError(
-            f"{taker} takes a network (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel, or another "
-            f"torch.nn.Module), got {type(network).__name__}; of a pipeline take pipe.unet, pipe.transformer or pipe.vae"
+            f"{taker} takes a network (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel or another "
+            f"torch.nn.Module), not {type(network).__name__}; of a pipeline take its unet, transformer or vae"
         )
 
 

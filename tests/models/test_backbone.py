@@ -458,22 +458,54 @@ def test_wrong_use_is_one_clear_line(tiny_unet, tiny_batch):
         backbone.copy_role("none", "ema")
     with pytest.raises(HypersdError, match="no role 'none'"), backbone.network_of("student+none"):
         pass
-    with pytest.raises(TypeError, match="network_of takes the name of a role .*got NoneType"), backbone.network_of(None):
+    with (
+        pytest.raises(TypeError, match="network_of takes the name of a role .*got NoneType"),
+        backbone.network_of(None),
+    ):
         pass
 
 
 @pytest.mark.parametrize("taker", [Backbone, FullBackbone, fuse, unfuse])
 @pytest.mark.parametrize("wrong", ["unet", None])
 def test_what_is_no_network_is_one_clear_line(taker, wrong):
-    found = f"{taker.__name__} takes a network .UNet2DConditionModel, .*got {type(wrong).__name__}; of a pipeline take"
+    found = f"{taker.__name__} takes a network .UNet2DConditionModel, .*not {type(wrong).__name__}; of a pipeline take"
     with pytest.raises(TypeError, match=found):
         taker(wrong)
+
+
+def test_wrapped_layers_are_not_taken_for_diffusers_own(tiny_unet, tiny_batch):
+    x_t, t, cond = tiny_batch
+    network = copy.deepcopy(tiny_unet)
+    backbone = Backbone(network)
+    with pytest.raises(HypersdError, match="load_lora_adapter .*use backbone.load_lora_state_dict"):
+        network.load_lora_adapter({"unet.to_q.lora_A.weight": torch.zeros(4, 32)})
+    with pytest.raises(HypersdError, match="add_adapter .*use backbone.add_role"):
+        network.add_adapter(LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(HypersdError, match="fuse_qkv_projections .*release"):
+        network.fuse_qkv_projections()
+    backbone.release().fuse_qkv_projections()
+    with pytest.raises(
+        HypersdError, match="UNet2DConditionModel computes q, k and v .*call its unfuse_qkv_projections"
+    ):
+        Backbone(network)
+    network.unfuse_qkv_projections()
+    assert Backbone(network)(x_t, t, cond).shape == x_t.shape
+
+
+@pytest.mark.parametrize("make", [make_sd3, make_flux])
+def test_transformers_with_joined_projections_are_refused(make):
+    network = make()
+    network.fuse_qkv_projections()
+    with pytest.raises(HypersdError, match="call its unfuse_qkv_projections"):
+        Backbone(network)
+    network.unfuse_qkv_projections()
+    Backbone(network)
 
 
 def test_a_wrapped_network_is_not_saved_under_names_that_no_reader_knows(tiny_unet, tmp_path):
     network = copy.deepcopy(tiny_unet)
     backbone = Backbone(network)
-    with pytest.raises(HypersdError, match="inside a Backbone.*save_lora.*release"):
+    with pytest.raises(HypersdError, match="save_pretrained .* inside a Backbone.*save_lora.*release"):
         network.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     backbone.release().save_pretrained(tmp_path)
