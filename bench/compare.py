@@ -181,15 +181,28 @@ def trees(
     now = HERE.parent
     with checkout(reference, console) as before:
         if times:
+            stamp = {"reference": reference, **compiled(before, now, console)}
             changes = timed(before, now, rounds, console, dtypes=dtypes, seconds=seconds or 0.05, **asked)
             show(changes, console)
             if json_path is not None:
                 with json_path.open("a") as file:
                     for one in changes:
-                        file.write(json.dumps(vars(one) | {"verdict": one.verdict, "reference": reference}) + "\n")
+                        file.write(json.dumps(vars(one) | {"verdict": one.verdict} | stamp) + "\n")
         if counters:
             show_counters(work(before, "counters", **asked), work(now, "counters", **asked), console)
     return 0
+
+
+def compiled(before: Path, now: Path, console: Console) -> dict[str, bool]:
+    """Whether each state runs its C++ kernels, as its rows are stamped; says so where one does not."""
+    stamp = {}
+    for name, which, folder in (("before", "the reference", before), ("now", "this tree", now)):
+        (said,) = work(folder, "native")
+        stamp[f"{name}_compiled"] = said["compiled"]
+        if not said["compiled"]:
+            line = f"{which} has no compiled kernels, its times are those of the references in Python: {said['status']}"
+            console.print(line, style="yellow", soft_wrap=True, highlight=False)
+    return stamp
 
 
 def timed(before: Path, now: Path, rounds: int, console: Console, **options: Any) -> list[Change]:

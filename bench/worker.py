@@ -1,6 +1,6 @@
 """One process of `bench compare`: this bench over the hypersd of another folder.
 
-python worker.py FOLDER times|counters OPTIONS     (OPTIONS: a JSON object; prints one JSON object a line)
+python worker.py FOLDER native|times|counters OPTIONS     (OPTIONS: a JSON object; prints one JSON object a line)
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ def arrange(folder: str) -> None:
     package = types.ModuleType("bench")
     package.__path__ = [str(Path(__file__).resolve().parent)]
     sys.modules["bench"] = package
+
+
+def native() -> None:
+    """Whether the C++ kernels run, or why none do."""
+    from hypersd.kernels import _native
+
+    print(json.dumps({"compiled": _native.available(), "status": _native.status()}))
 
 
 def times(ops: list[str], prefixes: list[str], dtypes: list[str], seconds: float, check: bool) -> None:
@@ -73,4 +80,4 @@ if __name__ == "__main__":
     arrange(sys.argv[1])
     import hypersd.kernels  # noqa: F401  the registry fills
 
-    {"times": times, "counters": counters}[sys.argv[2]](**json.loads(sys.argv[3]))
+    {"native": native, "times": times, "counters": counters}[sys.argv[2]](**json.loads(sys.argv[3]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from bench import compare
+from hypersd.kernels import _native
 
 SETUP = "from pathlib import Path\nPath('hypersd/_C.abi3.so').write_text('of ' + Path('csrc/a.cpp').read_text())\n"
 
@@ -32,6 +35,28 @@ def test_a_reference_of_other_sources_has_its_own_kernels(tmp_path: Path, monkey
         with compare.checkout(reference, Console(quiet=True)) as tree:
             assert (tree / "hypersd" / "_C.abi3.so").read_text() == kernels
         assert not tree.exists()
+
+
+def test_a_state_without_compiled_kernels_is_named_and_its_rows_are_stamped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is this tree without the library."""
+    this = compare.HERE.parent
+    (tmp_path / "csrc").symlink_to(this / "csrc")
+    (tmp_path / "setup.py").symlink_to(this / "setup.py")
+    ignored = shutil.ignore_patterns("_C.*", "_CUDA.*", "emoji", "__pycache__")
+    shutil.copytree(this / "hypersd", tmp_path / "hypersd", ignore=ignored)
+    monkeypatch.setattr(compare, "checkout", lambda reference, console: nullcontext(tmp_path))
+    said = Console(record=True, width=300, file=io.StringIO())
+    options = {"shapes": ["emoji"], "dtypes": ["float32"], "seconds": 1e-3, "rounds": 2, "counters": False}
+    compare.trees("HEAD", ["geglu"], **options, json_path=tmp_path / "rows", console=said)
+    warned = [line for line in said.export_text().splitlines() if "no compiled kernels" in line]
+    missing = [] if _native.available() else ["this tree"]
+    assert [line.split(" has no")[0] for line in warned] == ["the reference", *missing]
+    assert "build them with" in warned[0]
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert rows
+    assert all((row["before_compiled"], row["now_compiled"]) == (False, _native.available()) for row in rows)
 
 
 @pytest.mark.parametrize(
