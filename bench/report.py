@@ -115,6 +115,8 @@ def plot(rows: Sequence[Result], path: Path, stamp: dict[str, Any]) -> None:
     """One line a case, dtype and mode: left the peers' time over ours, right the share of the roofline."""
     from matplotlib.figure import Figure
 
+    from hypersd.evaluate.plots import number_ticks
+
     made = [group for group in groups(rows) if group.get(OURS) and group[OURS].p50]
     figure = Figure(figsize=(12, 1.6 + 0.22 * max(len(made), 4)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -130,6 +132,7 @@ def plot(rows: Sequence[Result], path: Path, stamp: dict[str, Any]) -> None:
     left.set_yticks(range(len(made)), labels, fontsize=7)
     left.set_ylim(len(made) - 0.5, -0.5)
     left.set_xscale("log")
+    number_ticks(left.xaxis)
     left.axvline(1, color="0.6", linewidth=0.8)
     left.set_xlabel(f"time over {OURS}'s (right of 1: {OURS} is faster)")
     right.set_xlabel("% of the roofline")

@@ -203,18 +203,25 @@ def _line(axes: Any, label: str, values: Mapping[int, Sequence[float]], colour: 
 
 
 def _limits(axes: Any, seen: np.ndarray, logarithmic: bool) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     low, high = float(seen.min()), float(seen.max())
     if logarithmic and low > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(low / 1.15, high * 1.15)
+        number_ticks(axes.yaxis)
     else:
         margin = 0.06 * (high - low) or 0.01
         axes.set_ylim(low - margin, high + margin)
+
+
+def number_ticks(axis: Any) -> None:
+    """Plain numbers along a logarithmic axis, with what is drawn and its limits set, also where it is short."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    is_short = high < 10 * low  # where 1, 2 and 5 of each decade may be one tick or none
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if is_short else LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
@@ -247,6 +254,7 @@ def _losses(axes: Any, losses: Sequence[Mapping[str, Any]], theme: Theme) -> Non
         axes.plot(steps, smooth(values, max(len(values) // 25, 3)), color=colour, linewidth=1.8, label=stage)
     if all(entry["loss"] > 0 for entry in losses):
         axes.set_yscale("log")
+        number_ticks(axes.yaxis)
     axes.set_title("training loss by stage (each stage has its own scale)", loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("optimizer step")
     axes.margins(x=0.01)
@@ -272,5 +280,6 @@ def _quality(axes: Any, metrics: Mapping[str, Any], name: str, theme: Theme) -> 
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     if name == "frechet":
         axes.set_yscale("log")
+        number_ticks(axes.yaxis)
     axes.set_title(PANELS[name], loc="left", fontsize=9, fontweight="bold")
     axes.set_xlabel("sampling steps")

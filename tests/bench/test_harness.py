@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -15,6 +16,7 @@ import bench
 from bench import cli, compare, counters, gpu, harness, peers, report, roofline, sanitize
 from bench import run as bench_run
 from hypersd.errors import HypersdError
+from hypersd.evaluate import plots
 from hypersd.kernels import _native
 from hypersd.kernels._cost import Ceiling, Cost
 from hypersd.kernels._op import OPS, asked_for
@@ -271,7 +273,9 @@ def test_the_table_shows_ratios(capsys):
     assert "2.50" in said and "eager over hypersd, fwd: median 2.50" in said
 
 
-def test_the_picture_shows_rows(tmp_path):
+def test_the_picture_shows_rows(tmp_path, monkeypatch):
+    numbered, number_ticks = [], plots.number_ticks
+    monkeypatch.setattr(plots, "number_ticks", lambda axis: numbered.append(axis.get_scale()) or number_ticks(axis))
     rows = [
         harness.Result("op", "c", "float32", "fwd", p, "green", 1e-7, 1e-7, 1.0, v, 3.0, 9, v / 2, of_roofline=share)
         for p, v, share in (("hypersd", 2.0, 0.5), ("eager", 5.0, None))
@@ -281,6 +285,20 @@ def test_the_picture_shows_rows(tmp_path):
         assert picture.format == "PNG" and picture.width > 1000
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # the points of both providers
+    assert numbered == ["log"]
+
+
+@pytest.mark.parametrize("ratios", [(1.02, 1.07), (1.05, 1.4), (2.1, 2.9), (0.7, 4.0), (0.5, 300.0), (1.0, 1.0)])
+def test_a_logarithmic_axis_has_numbers(ratios):
+    axes = Figure().subplots()
+    axes.set_xscale("log")
+    axes.scatter([1.0, *ratios], [0, 1, 2])
+    plots.number_ticks(axes.xaxis)
+    axes.figure.canvas.draw()
+    (low, high), labels = axes.get_xlim(), [label.get_text() for label in axes.get_xticklabels()]
+    seen = [label for label in labels if low <= float(label) <= high]
+    assert 3 <= len(seen) <= 12 and len(set(seen)) == len(seen)
+    assert not any(label.get_text() for label in axes.get_xticklabels(minor=True))
 
 
 def test_environment_stamp():
