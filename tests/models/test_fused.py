@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
+import accelerate
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from hypersd.errors import HypersdError
 from hypersd.models import Backbone, LoraSpec, fuse, unfuse
-from hypersd.models.fused import FusedGEGLU, FusedGroupNorm, FusedGroupNormSiLU, FusedResnetBlock2D
+from hypersd.models.fused import FusedGEGLU, FusedGroupNorm, FusedGroupNormSiLU, FusedResnetBlock2D, is_fused
 from tests.conftest import make_flux, make_sdxl_unet, make_unet, make_vae
 from tests.kernels.checks import Recorder
 
@@ -204,3 +207,71 @@ def test_a_copy_is_fused_too_and_compiles_whole():
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(call(compiled, x, text), call(network, x, text), rtol=1e-4, atol=1e-5)
+
+
+def combined(pipe) -> None:
+    pipe.load_lora_weights(lora(2), adapter_name="two")
+    pipe.set_adapters(["one", "two"], [0.3, 0.7])
+
+
+def kept_in_the_weights(pipe) -> None:
+    pipe.fuse_lora(lora_scale=0.8)
+    pipe.unload_lora_weights()
+
+
+def taken_out_again(pipe) -> None:
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+
+
+def copied(pipe) -> None:
+    pipe.unet = copy.deepcopy(pipe.unet)
+
+
+def pickled(pipe) -> None:
+    pipe.unet = pickle.loads(pickle.dumps(pipe.unet))
+
+
+def offloaded(pipe) -> None:
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+
+
+LORA_USES = {
+    "loaded": lambda pipe: None,
+    "combined": combined,
+    "disabled": lambda pipe: pipe.disable_lora(),
+    "kept in the weights": kept_in_the_weights,
+    "taken out again": taken_out_again,
+    "unloaded": lambda pipe: pipe.unload_lora_weights(),
+    "replaced": lambda pipe: pipe.load_lora_weights(lora(2), adapter_name="one", hotswap=True),
+    "copied": copied,
+    "pickled": pickled,
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "another dtype": lambda pipe: pipe.to(torch.float64),
+    "offloaded": offloaded,
+}
+
+
+def lora(seed: int) -> dict[str, torch.Tensor]:
+    backbone = Backbone(make_unet(), SPEC)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in backbone.role_parameters("student").values():
+            parameter.normal_(std=0.03, generator=generator)
+    return backbone.lora_state_dict("student")
+
+
+@pytest.mark.parametrize("use", LORA_USES)
+def test_a_pipeline_does_with_its_lora_what_it_does_unfused(use):
+    parts = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+    found = []
+    for prepare in (lambda network: network, fuse):
+        options = {"unet": prepare(make_unet()), "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**dict.fromkeys(parts), **options)
+        pipe.load_lora_weights(lora(1), adapter_name="one")
+        LORA_USES[use](pipe)
+        with torch.no_grad():
+            found.append(call(pipe.unet, *batch(pipe.unet.dtype)))
+    assert is_fused(pipe.unet)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+    assert not torch.equal(found[1], found[0])  # another order of the same sums: the fused layers did run
