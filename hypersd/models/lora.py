@@ -182,6 +182,12 @@ class LoraSlot(nn.Module):
     def bias(self) -> Tensor | None:
         return self.layer.bias  # type: ignore[return-value]
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the layer's weight is all of it. Else our adapter is added to its output: the layer carries one of
+        PEFT's, in whatever form, or a hook in place of its forward, which fetches or casts the weight (offloading)."""
+        return self.layer is self.base and "forward" not in self.layer.__dict__
+
     def adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a and b at this rank."""
         raise NotImplementedError
@@ -240,8 +246,12 @@ class LoraSlot(nn.Module):
         if adapter is None:
             return self.base(x, *args, **kwargs)
         a, b, scale = adapter
-        if self.layer is not self.base:
-            # the layer carries an adapter of its own, in whatever form PEFT gives it: add ours to its output
+        if not self.is_bare:
+            if a.is_meta:
+                raise HypersdError(
+                    "the adapters of a Backbone are offloaded layer by layer, which only calls of those layers undo; "
+                    "offload by model (enable_model_cpu_offload) or in groups (enable_group_offload)"
+                )
             y = self.base(x, *args, **kwargs)
             return y + scale * self._low_rank(x.to(y.dtype), a.to(y.dtype), b.to(y.dtype))
         if _active.folding and role in self.scale and self._can_fold(x, role):
@@ -306,7 +316,7 @@ class LoraLinear(LoraSlot):
         return (rank, self.in_features), (self.out_features, rank)
 
     def _each(self, x: Tensor, routes: Routes, *args: Any, **kwargs: Any) -> Tensor:
-        if self.layer is not self.base:
+        if not self.is_bare:
             return super()._each(x, routes, *args, **kwargs)
         if not self._parts(routes.own):
             return self.base(x, *args, **kwargs)

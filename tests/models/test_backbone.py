@@ -6,6 +6,7 @@ import copy
 from contextlib import contextmanager, nullcontext
 from itertools import product
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig
@@ -490,6 +491,34 @@ def test_wrapped_layers_are_not_taken_for_diffusers_own(tiny_unet, tiny_batch):
         Backbone(network)
     network.unfuse_qkv_projections()
     assert Backbone(network)(x_t, t, cond).shape == x_t.shape
+
+
+def test_layers_that_diffusers_casts_or_offloads_take_adapters(tiny_unet, tiny_batch):
+    """Its hooks stand in place of the layers' forward: the weight alone is not what they compute with."""
+    x_t, t, cond = tiny_batch
+    backbone = two_roles(copy.deepcopy(tiny_unet))
+    network, cpu = backbone.network, torch.device("cpu")
+    roles = ["student", "ema"]
+    with torch.no_grad():
+        before = [backbone(x_t, t, cond, role=role) for role in ("student", roles)]
+        network.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        for expected, role in zip(before, ("student", roles), strict=True):
+            torch.testing.assert_close(backbone(x_t, t, cond, role=role), expected, rtol=1e-4, atol=1e-5)
+    backbone = two_roles(copy.deepcopy(tiny_unet))
+    backbone.network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert backbone.network.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
+    with torch.no_grad(), backbone.network_of("student") as network:
+        found = network(x_t, t, **cond).sample
+    assert 0 < (found - before[0]).norm() < 0.02 * before[0].norm()
+
+
+def test_adapters_offloaded_layer_by_layer_are_refused(tiny_unet, tiny_batch):
+    x_t, t, cond = tiny_batch
+    backbone = two_roles(copy.deepcopy(tiny_unet))
+    accelerate.cpu_offload(backbone.network, torch.device("cpu"))
+    with pytest.raises(HypersdError, match="offload by model .enable_model_cpu_offload. or in groups"):
+        with backbone.network_of("student") as network:
+            network(x_t, t, **cond)
 
 
 @pytest.mark.parametrize("make", [make_sd3, make_flux])
