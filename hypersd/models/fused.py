@@ -123,7 +123,8 @@ def fuse(network: nn.Module) -> nn.Module:
     feed-forward blocks follow; transformers leave channels-last pictures as they lie.
     UNet, SD3Transformer2DModel, FluxTransformer2DModel: attention runs in `hypersd.kernels.attention`, which hands to
     torch's what torch does best. The modulated norms and GELU feed-forward layers of SD3 and FLUX, and masked or
-    unusual attention layers, stay diffusers'.
+    unusual attention layers, stay diffusers'; so do those that get another processor, and all of them under another
+    attention backend, for as long as they have it.
 
     Outputs agree to rounding (those of norms that took in their SiLU are after it); state dict and LoRA keys do not
     change. Do it before or after Backbone wraps the network, with or without gradient checkpointing, once or twice.
