@@ -218,7 +218,7 @@ def on_host(scale: float, scale_tensor: Tensor | None) -> tuple[float, Tensor | 
     """The scale as a float alone where reading it waits for nothing."""
     if scale_tensor is None or scale_tensor.device.type != "cpu":
         return scale, scale_tensor
-    return scale * check_real("scale", scale_tensor), None
+    return scale * check_real("scale", scale_tensor.item()), None
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -351,6 +351,4 @@ def arguments(
         if scale.device.type == "meta" and x.device.type != "meta":
             raise ValueError(f"scale is on {scale.device}, expected {x.device} as x, or the CPU")
         return x, weight, bias, a, b, 1.0, scale.to(x.device, non_blocking=True)
-    if torch.compiler.is_compiling():  # there the number may be a symbol
-        return x, weight, bias, a, b, float(scale), None
     return x, weight, bias, a, b, check_real("scale", scale), None

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from hypersd.kernels import _native
 from hypersd.kernels._cost import Cost, ceiling
-from hypersd.kernels._rows import autocast
+from hypersd.kernels._rows import as_real, autocast, is_integer
 from hypersd.kernels._tune import Config, Program, interpreted, triton_missing
 
 LIBRARY = torch.library.Library("hypersd", "FRAGMENT")
@@ -27,6 +27,8 @@ IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
 _uses: list[_Use] = []  # the blocks of `use` that are open, by when they were entered
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled  # looked up once: each call counts
 _is_transforming = torch._C._are_functorch_transforms_active
+KINDS = {"IntType": int, "BoolType": bool, "FloatType": float, "ListType": list}  # what a schema has beside tensors
+EXPECTED = {int: "an integer", bool: "True or False", list: "a list of integers"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Op:
     `plan` says which ATen products the fallback composes for the public function's keywords; `native` whether it calls
     a C++ kernel among them; `aten` why ATen runs instead of the GPU kernels (empty: it does not); `elsewhere` why the
     public function calls torch's own operator for them instead of this one (empty: it does not). `autocast` names the
-    arguments that the public function casts inside torch.autocast.
+    arguments that the public function casts inside torch.autocast. `arguments` makes the schema's arguments from the
+    public function's keywords (default: those of the same names).
     An op whose schema writes to arguments, `Tensor(a!)`, returns nothing, and neither does its reference.
     `result` takes the public value out of what the op returns. `cost` and `config` take the public function's keywords,
     and so does `backward_cost`, of the gradients of all `differentiable` ones that are given.
@@ -79,6 +82,7 @@ class Op:
     backward_cost: Callable[..., Cost] | None = None
     config: Callable[..., Config] | None = None
     autocast: tuple[str, ...] = ()
+    arguments: Callable[..., tuple[Any, ...]] | None = None
     plan: Callable[..., object] | None = None
     native: Callable[..., bool] | None = None
     aten: Callable[..., str] | None = None
@@ -107,11 +111,12 @@ class Op:
         self.compiled = getattr(torch.ops.hypersd, self.name).default
         if self.backward:
             self._node = _make_node(self, run_backward)
-        arguments = [argument.name for argument in self.compiled._schema.arguments]
+        arguments = self._names = [argument.name for argument in self.compiled._schema.arguments]
         written = [i for i, a in enumerate(self.compiled._schema.arguments) if a.alias_info and a.alias_info.is_write]
         self.mutated = tuple(arguments[i] for i in written)
         if written:
             LIBRARY.impl(names[-1], _counting(self.compiled, written), "ADInplaceOrView", with_keyset=True)
+        self._scalars = list(_scalars(self.compiled._schema.arguments))
         self._leaves = [arguments.index(name) for name in self.differentiable if self.backward]
         self.raw = getattr(torch.ops.hypersd, names[-1]).default._op  # the C++ callable inside: 0.3 us less a call
 
@@ -130,6 +135,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Run on the schema's arguments, all given by position; under torch.func's transforms and forward-mode AD, for
         which only the definition has rules, as the definition."""
+        for index, types in self._scalars:
+            if type(args[index]) not in types:
+                args = self._converted(args)
+                break
         if _is_transforming() or forward_ad._current_level >= 0:
             return self._reference(*args)
         if _is_compiling():
@@ -146,6 +155,18 @@ class Op:
         except (RuntimeError, AttributeError):
             self.check(*args)  # C++ knows only RuntimeError: say it with the argument's name where we can
             raise
+
+    def _converted(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with every scalar in its type, or TypeError: C++ would take a number for a bool, and a bool or
+        a tensor for a number."""
+        values = list(args)
+        for index, (kind, *optional) in self._scalars:
+            value, name = values[index], self._names[index]
+            if kind is float and not (optional and value is None):
+                values[index] = as_real(name, value)
+            elif not (is_integer(value) if kind is int else isinstance(value, (kind, *optional))):
+                raise TypeError(f"{name}: got {value!r}, expected {EXPECTED[kind]}")
+        return tuple(values)
 
     def _take(self, output: Any) -> Any:
         return self.result(output) if self.result else output
@@ -168,9 +189,15 @@ class Op:
 
     def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """The keywords of the public function among the schema's arguments."""
-        names = (argument.name for argument in self.compiled._schema.arguments)
         known = inspect.signature(self.function).parameters
-        return {name: value for name, value in zip(names, args, strict=True) if name in known}
+        return {name: value for name, value in zip(self._names, args, strict=True) if name in known}
+
+    def arguments_of(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The schema's arguments of this call of the public function, which is not made."""
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        make = self.arguments or (lambda **keywords: tuple(keywords[name] for name in self._names))
+        return self._converted(make(**bound.arguments))
 
     def run(self, *args: Any) -> Any:
         """The kernel below autograd, honouring `use`. Backward functions call their helper ops through this."""
@@ -232,6 +259,14 @@ class Op:
         self.function = function
         OPS[self.name] = self
         return function
+
+
+def _scalars(arguments: list[Any]) -> Iterator[tuple[int, tuple[type, ...]]]:
+    """(position, types) of those arguments of a schema that are no tensors."""
+    for index, argument in enumerate(arguments):
+        of = argument.type.getElementType() if (optional := argument.type.kind() == "OptionalType") else argument.type
+        if kind := KINDS.get(of.kind()):
+            yield index, (kind, type(None)) if optional else (kind,)
 
 
 def _counting(overload: Any, written: list[int]) -> Callable[..., Any]:
@@ -362,7 +397,8 @@ class Explanation:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which implementation `function(*args, **kwargs)` would run, and why; nothing is run.
 
-    `function` is a public function of hypersd.kernels. Raises TypeError for any other.
+    `function` is a public function of hypersd.kernels. Raises TypeError for any other, and for arguments that it does
+    not take what the call itself raises.
     """
     op = next((op for op in OPS.values() if op.function is function), None)
     if op is None:
@@ -370,8 +406,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     inputs: dict[str, Any] = bound.arguments
-    if op.autocast:
+    if op.autocast and isinstance(inputs[op.autocast[0]], torch.Tensor):
         inputs = inputs | dict(zip(op.autocast, autocast(*(inputs[name] for name in op.autocast)), strict=True))
+    op.check(*op.arguments_of(**inputs))
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     implementation, why = op.choose(first.device, inputs)
     runs = implementation in ("triton", "cuda") and not op.unavailable(implementation, first.device)

@@ -6,10 +6,12 @@ The Python twin of csrc/cpu/rows.h: argument checks for every implementation, me
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,16 +46,25 @@ def check_strided(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {value.layout}, expected a dense tensor (torch.strided)")
 
 
-def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value` as a float; TypeError unless it is a number, ValueError unless it is finite and in [low, high]."""
-    if isinstance(value, str | bytes):  # float() would read them
+def as_real(name: str, value: Any) -> float:
+    """`value` as a float; TypeError unless it is a real number: neither a bool nor what float() would read one from."""
+    if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {value!r}, expected a number") from None
-    except OverflowError:
-        number = math.inf
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether `value` is an int, or a symbol of torch.compile for one; a bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`as_real`, and ValueError unless it is finite and in [low, high]."""
+    number = as_real(name, value)
     if not (low <= number <= high and -math.inf < number < math.inf):  # as torch.compile can trace it
         raise ValueError(f"{name}: got {number}, expected {low:g} to {high:g}, finite")
     return number

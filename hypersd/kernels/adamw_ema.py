@@ -252,6 +252,22 @@ def _programs() -> list[Program]:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
+def _arguments(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, step: float | Tensor,
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float,
+    shadow: Tensor | None, clip: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: got {betas!r}, expected two numbers in [0, 1)")
+    beta1, beta2 = _rows.as_real("betas", betas[0]), _rows.as_real("betas", betas[1])
+    step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, _rows.check_real("step", step, 1))
+    lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, _rows.check_real("lr", lr, 0))
+    return (
+        param, grad, exp_avg, exp_avg_sq, ema, number, rate, beta1, beta2, eps, weight_decay, ema_decay, shadow, clip,
+        step_tensor, lr_tensor,
+    )  # fmt: skip
+
+
 OP = Op(
     "adamw_ema_",
     "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ema, float step, float lr, "
@@ -263,6 +279,7 @@ OP = Op(
     triton=partial(_launch, _run_triton),
     cuda=partial(_launch, _run_cuda),
     cpp=True,
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     config=_config,
@@ -278,7 +295,7 @@ def adamw_ema_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     ema: Tensor,
-    step: int | Tensor,
+    step: float | Tensor,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -300,16 +317,11 @@ def adamw_ema_(
         clip: a 0-d tensor that multiplies the gradient (see `clip_coefficient`). Where it is not finite, nothing is
             written: the weights of a step whose gradient overflowed stay as they are, without asking the host.
 
-    Raises TypeError for a dtype and ValueError for a shape, device, stride or number that does not fit, or for buffers
-    that share memory; numbers on a GPU are not looked at, which would wait for it.
+    Raises TypeError for a dtype and for what is no number, ValueError for a shape, device, stride or number that does
+    not fit, or for buffers that share memory; numbers on a GPU are not looked at, which would wait for it.
     """
-    step_tensor, number = (step, 1.0) if isinstance(step, Tensor) else (None, _rows.check_real("step", step))
-    lr_tensor, rate = (lr, 1.0) if isinstance(lr, Tensor) else (None, _rows.check_real("lr", lr))
-    try:
-        beta1, beta2 = (float(beta) for beta in betas)
-    except (TypeError, ValueError):
-        raise TypeError(f"betas: got {betas!r}, expected two numbers in [0, 1)") from None
     OP(
-        param, grad, exp_avg, exp_avg_sq, ema, number, rate, beta1, beta2, eps, weight_decay, ema_decay, shadow, clip,
-        step_tensor, lr_tensor,
+        *_arguments(
+            param, grad, exp_avg, exp_avg_sq, ema, step, lr, betas, eps, weight_decay, ema_decay, shadow, clip
+        )
     )  # fmt: skip

@@ -155,6 +155,6 @@ def clip_coefficient(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
         (norm, coefficient): 0-d tensors on the device of grad, float32 (float64 for float64), without gradient. Nothing
         waits for the host. The coefficient is torch.nn.utils.clip_grad_norm_'s; nan where the norm is not finite.
 
-    Raises TypeError for what is no floating-point tensor, ValueError for a max_norm that is not positive.
+    Raises TypeError for what is no floating-point tensor or no number, ValueError for a max_norm that is not positive.
     """
-    return OP(grad, math.inf if max_norm == math.inf else _rows.check_real("max_norm", max_norm))
+    return OP(grad, max_norm)

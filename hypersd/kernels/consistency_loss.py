@@ -436,6 +436,25 @@ def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None
     return (BACKWARD.run(slope, upstream, weight), *(None,) * 9)
 
 
+def _option(name: str, value: str, known: dict[str, Any]) -> Any:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, expected one of {tuple(known)}")
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(known)}")
+    return known[value]
+
+
+def _arguments(
+    eps_student: Tensor, x_t: Tensor, eps_target: Tensor, x_s: Tensor, coef: Tensor, kind: str, c: float,
+    weight: Tensor | None, reduction: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    options = _option("kind", kind, KINDS), c, _option("reduction", reduction, REDUCTIONS)
+    with_slope = torch.is_grad_enabled() and getattr(eps_student, "requires_grad", False)
+    if with_slope and eps_student.dtype == torch.float16:
+        eps_student = eps_student.float()  # the slope is kept until a scaled upstream meets it: half has not the range
+    return eps_student, x_t, eps_target, x_s, coef, weight, *options, with_slope
+
+
 OP = Op(
     "consistency_loss",
     "(Tensor eps_student, Tensor x_t, Tensor eps_target, Tensor x_s, Tensor coef, Tensor? weight, int kind, float c, "
@@ -451,6 +470,7 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     result=lambda output: output[0],
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     backward_cost=backward_cost,
@@ -490,13 +510,7 @@ def consistency_loss(
     Returns:
         float32 (float64 if a tensor is float64); differentiable once, in eps_student. nan when there are no elements.
 
-    Raises TypeError for what is no floating-point tensor, ValueError for a shape, device or option that does not fit.
+    Raises TypeError for what is no floating-point tensor, string or number, ValueError for a shape, device or option
+    that does not fit.
     """
-    if kind not in tuple(KINDS):
-        raise ValueError(f"kind: got {kind!r}, expected one of {tuple(KINDS)}")
-    if reduction not in tuple(REDUCTIONS):
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {tuple(REDUCTIONS)}")
-    with_slope = torch.is_grad_enabled() and getattr(eps_student, "requires_grad", False)
-    if with_slope and eps_student.dtype == torch.float16:
-        eps_student = eps_student.float()  # the slope is kept until a scaled upstream meets it: half has not the range
-    return OP(eps_student, x_t, eps_target, x_s, coef, weight, KINDS[kind], c, REDUCTIONS[reduction], with_slope)
+    return OP(*_arguments(eps_student, x_t, eps_target, x_s, coef, kind, c, weight, reduction))

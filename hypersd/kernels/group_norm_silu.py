@@ -138,10 +138,6 @@ def check(
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (batch, channels, ...)")
     channels = x.shape[1]
-    if not isinstance(num_groups, (int, torch.SymInt)) or isinstance(num_groups, bool):
-        raise TypeError(f"num_groups: got {num_groups!r}, expected an integer")
-    if not isinstance(silu, bool):
-        raise TypeError(f"silu: got {silu!r}, expected True or False")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
     for name, t, shape, what in (
@@ -460,7 +456,7 @@ def group_norm_silu(
         whose gradient is that of x: of the norm and of h. x (with a residual h in its place), shift and two float32
         numbers per sample and group are kept for backward.
 
-    Raises TypeError for what is no floating-point tensor and for a residual of another dtype, ValueError for a shape,
-    device or number of groups that does not fit.
+    Raises TypeError for what is no floating-point tensor, for a residual of another dtype and for a number of another
+    kind, ValueError for a shape, device or number that does not fit.
     """
     return OP(x, num_groups, weight, bias, eps, silu, shift, residual)

@@ -21,6 +21,9 @@ from torch import Tensor
 from hypersd.kernels import _lora, _lora_rows, _shapes
 from hypersd.kernels._cost import Cost
 from hypersd.kernels._op import Case, Op
+from hypersd.kernels._rows import is_integer
+
+LARGEST = 2**31 - 1  # stride and padding: positions are counted in 64 bits
 
 
 def _case(
@@ -109,16 +112,16 @@ def reference(
 
 
 def _pair(name: str, value: int | tuple[int, int], low: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or not all(isinstance(number, (int, torch.SymInt)) for number in pair):
+    pair = [value, value] if is_integer(value) else value
+    if not isinstance(pair, (tuple, list)) or not all(is_integer(number) for number in pair):
         raise TypeError(f"{name}: got {value!r}, expected one or two integers")
     _check_pair(name, pair, low)
     return list(pair)
 
 
 def _check_pair(name: str, pair: tuple[int, ...] | list[int], low: int) -> None:
-    if len(pair) != 2 or min(pair) < low:
-        raise ValueError(f"lora_conv2d: {name} is {list(pair)}, expected one or two integers of at least {low}")
+    if len(pair) != 2 or min(pair) < low or max(pair) > LARGEST:
+        raise ValueError(f"lora_conv2d: {name} is {list(pair)}, expected one or two integers, {low} to {LARGEST}")
 
 
 def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
@@ -346,6 +349,24 @@ BACKWARD = Op(
     fake=_fake_backward,
 )
 
+
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor,
+    stride: int | tuple[int, int], padding: int | tuple[int, int],
+) -> tuple[Any, ...]:  # fmt: skip
+    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
+    pairs = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
+    return x, weight, bias, a, b, factor, scale_tensor, *pairs, keep
+
+
+def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
+    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or 0 in weight.shape:
+        return False  # the check has a word for it
+    return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad != "full"
+
+
 OP = Op(
     "lora_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor, SymInt[] stride, "
@@ -358,6 +379,7 @@ OP = Op(
     backward=_lora.backward_by(BACKWARD),
     setup_context=_lora.setup_context,
     result=lambda output: output[0],
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     backward_cost=backward_cost,
@@ -391,14 +413,4 @@ def lora_conv2d(
     cast to x's, and its gradients come back in its own; torch.autocast is honoured.
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
-    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
-    pairs = _pair("stride", stride, 1), _pair("padding", padding, 0)
-    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a, *pairs)
-    return OP(x, weight, bias, a, b, factor, scale_tensor, *pairs, keep)
-
-
-def _keep(x: Tensor, weight: Tensor, a: Tensor, stride: list[int], padding: list[int]) -> bool:
-    """Whether forward hands S = conv(x, a) on to backward: where dA and dB will be taken from it."""
-    if x.dim() != 4 or weight.dim() != 4 or a.dim() != 4 or 0 in weight.shape:
-        return False  # the check has a word for it
-    return _plan(x, weight, a, stride, padding, x.requires_grad, True).adapter_grad != "full"
+    return OP(*_arguments(x, weight, bias, a, b, scale, stride, padding))

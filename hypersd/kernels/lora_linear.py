@@ -301,6 +301,22 @@ BACKWARD = Op(
     triton=_triton_backward,
 )
 
+
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
+) -> tuple[Any, ...]:
+    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
+    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a)
+    return x, weight, bias, a, b, factor, scale_tensor, keep
+
+
+def _keep(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether forward hands S = x a^T on to backward: where dA and dB will be taken from it."""
+    if weight.dim() != 2 or not x.dim() or not a.dim():
+        return False  # the check has a word for it
+    return _plan(x, weight, a, x.requires_grad).adapter_grad != "full"
+
+
 OP = Op(
     "lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor? scale_tensor, bool keep) "
@@ -314,6 +330,7 @@ OP = Op(
     backward=_lora.backward_by(BACKWARD),
     setup_context=_lora.setup_context,
     result=lambda output: output[0],
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     backward_cost=backward_cost,
@@ -339,13 +356,4 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     gradients come back in its own; inside torch.autocast everything is cast as for torch.nn.functional.linear.
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
     """
-    x, weight, bias, a, b, factor, scale_tensor = _lora.arguments(x, weight, bias, a, b, scale)
-    keep = _lora.wants_adapter_grad(a, b) and _keep(x, weight, a)
-    return OP(x, weight, bias, a, b, factor, scale_tensor, keep)
-
-
-def _keep(x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether forward hands S = x a^T on to backward: where dA and dB will be taken from it."""
-    if weight.dim() != 2 or not x.dim() or not a.dim():
-        return False  # the check has a word for it
-    return _plan(x, weight, a, x.requires_grad).adapter_grad != "full"
+    return OP(*_arguments(x, weight, bias, a, b, scale))

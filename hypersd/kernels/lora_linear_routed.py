@@ -390,6 +390,16 @@ BACKWARD = Op(
     triton=_triton_backward,
 )
 
+
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, slots: Tensor, scales: Tensor
+) -> tuple[Any, ...]:
+    x, weight, bias, a, b, _, _ = _lora.arguments(x, weight, bias, a, b, 1.0)
+    if isinstance(scales, Tensor):
+        _lora.check_scale("lora_linear_routed: scales", scales)
+    return x, weight, bias, a, b, slots, scales, _lora.wants_adapter_grad(a, b)
+
+
 OP = Op(
     "lora_linear_routed",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor slots, Tensor scales, bool keep) "
@@ -403,6 +413,7 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     result=lambda output: output[0],
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     backward_cost=backward_cost,
@@ -439,7 +450,4 @@ def lora_linear_routed(
     Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, and on the CPU for a slot
     that is not -1 .. n - 1; on a GPU such a slot means the base layer.
     """
-    x, weight, bias, a, b, _, _ = _lora.arguments(x, weight, bias, a, b, 1.0)
-    if isinstance(scales, Tensor):
-        _lora.check_scale("lora_linear_routed: scales", scales)
-    return OP(x, weight, bias, a, b, slots, scales, _lora.wants_adapter_grad(a, b))
+    return OP(*_arguments(x, weight, bias, a, b, slots, scales))

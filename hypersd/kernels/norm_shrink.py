@@ -243,6 +243,12 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple
     )
 
 
+def _arguments(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a: Tensor) -> tuple[Any, ...]:
+    if isinstance(a, Tensor) and isinstance(x, Tensor) and a.dtype != x.dtype and a.dtype in _rows.DTYPES:
+        a = a.to(x.dtype)
+    return x, weight, bias, eps, a
+
+
 OP = Op(
     "norm_shrink",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor a) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -255,6 +261,7 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     result=lambda output: output[:2],
+    arguments=_arguments,
     cases=CASES,
     cost=cost,
     backward_cost=backward_cost,
@@ -284,9 +291,8 @@ def norm_shrink(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
     Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit.
     """
-    if isinstance(a, Tensor) and isinstance(x, Tensor) and a.dtype != x.dtype and a.dtype in _rows.DTYPES:
-        a = a.to(x.dtype)
+    arguments = _arguments(x, weight, bias, eps, a)
     if isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):  # S is of x's dtype, whatever computes it
-            return OP(x, weight, bias, eps, a)
-    return OP(x, weight, bias, eps, a)
+            return OP(*arguments)
+    return OP(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import functools
 import json
 from types import SimpleNamespace
 
@@ -161,7 +162,7 @@ def test_a_broken_operator_turns_the_command_red(monkeypatch, tmp_path):
     real = op.function
     options = {"dtypes": ["float32"], "shapes": ["emoji"], "peers": [], "seconds": 0.01, "console": QUIET}
     assert bench.main(["affine_step"], json_path=tmp_path / "good.jsonl", **options) == 0
-    monkeypatch.setattr(op, "function", lambda **inputs: real(**inputs) * 1.01)
+    monkeypatch.setattr(op, "function", functools.wraps(real)(lambda **inputs: real(**inputs) * 1.01))
     assert bench.main(["affine_step"], json_path=tmp_path / "bad.jsonl", **options) == 1
     good, bad = (
         [json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in ("good", "bad")
