@@ -36,12 +36,14 @@ Step = Callable[[], Call]  # does what is not timed, and returns what is
 class Runner:
     """One provider, ready to be called. `leaves` are the differentiable inputs, named as the op names them; `same` is
     False where it computes something else on purpose (the layer without its adapter), as context for the others;
-    `implementation` is forced around the call and its backward."""
+    `implementation` is forced around the call and its backward; `work` is what it does in a mode where that is not the
+    operator's own cost."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     same: bool = True
     implementation: str = "auto"
+    work: dict[str, Cost] = field(default_factory=dict)
 
 
 @dataclass
@@ -246,10 +248,11 @@ def compare(
     for row in rows:
         ours = next((r.p50 for r in rows if r.provider == OURS and r.mode == row.mode), None)
         row.over_ours = round(row.p50 / ours, 3) if row.p50 and ours else None
-        if cost is not None:
-            row.bytes, row.flops = cost.bytes, cost.flops
-            row.launches = cost.launches if row.provider == OURS else None
-            least = roof(cost).seconds(cost, dtype) if roof else None
+        work = runners[row.provider].work.get(mode, cost)
+        if work is not None:
+            row.bytes, row.flops = work.bytes, work.flops
+            row.launches = work.launches if row.provider == OURS else None
+            least = roof(work).seconds(work, dtype) if roof else None
             row.of_roofline = round(1e6 * least / row.p50, 3) if least and row.p50 else None
     return rows
 

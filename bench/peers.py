@@ -97,10 +97,15 @@ def base_layer(op: Op, inputs: dict[str, Any]) -> Runner:
     """The layer without its adapter: what an adapter costs is the distance to this."""
     changed, leaves = with_leaves(op, inputs)
     x, weight, bias = leaves["x"], changed["weight"], changed["bias"]
+    assert op.cost is not None
+    pool = inputs["a"].dim() > weight.dim()  # of adapters, whose rank is the dimension after
+    a, b = inputs["a"].narrow(int(pool), 0, 0), inputs["b"].narrow(1 + int(pool), 0, 0)
+    once = op.cost(**inputs | {"a": a, "b": b})
+    work = {"fwd": once, "bwd": once, "full": once + once}  # dX is as large a product, of tensors of the same sizes
     if op.name.startswith("lora_linear"):
-        return Runner(lambda: F.linear(x, weight, bias), {"x": x}, same=False)
+        return Runner(lambda: F.linear(x, weight, bias), {"x": x}, same=False, work=work)
     stride, padding = inputs["stride"], inputs["padding"]
-    return Runner(lambda: F.conv2d(x, weight, bias, stride, padding), {"x": x}, same=False)
+    return Runner(lambda: F.conv2d(x, weight, bias, stride, padding), {"x": x}, same=False, work=work)
 
 
 def torch_adamw(op: Op, inputs: dict[str, Any]) -> Runner:

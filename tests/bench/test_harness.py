@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -144,6 +144,24 @@ def test_backward_has_its_own_share_and_both_have_their_sum():
     assert (fwd.bytes, bwd.bytes, full.bytes) == (fwd.bytes, fwd.bytes / 2, fwd.bytes * 7 / 4)
     for row in (fwd, bwd, full):
         assert row.provider == harness.OURS and row.of_roofline == pytest.approx(row.bytes / 1e3 / row.p50, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_conv2d", "lora_linear_routed"])
+def test_the_base_layer_has_the_share_of_its_own_work(name):
+    op, roof = OPS[name], Ceiling(1e9, {torch.float32: 1e9}, 0.0, "")
+    case = next(case for case in op.cases if case.bench and case.name.startswith("emoji"))
+    options = {"device": "cpu", "dtypes": [torch.float32], "shapes": (case.name,), "peers": ["base"], "seconds": 0.001}
+    x, weight = (checked := case.inputs())["x"], checked["weight"]
+    y = op.function(**checked)
+    flops, moved = 2 * y.numel() * weight[0].numel(), 4 * (x.numel() + weight.numel() + y.numel())
+    assert y.numel() * weight[0].numel() > 0
+    for group in harness.measure_op(op, roof=lambda cost: roof, **options):
+        rows = {row.provider: row for row in group}
+        calls = 2 if group[0].mode == "full" else 1
+        assert (rows["base"].flops, rows["base"].bytes) == (calls * flops, calls * moved)
+        assert rows[harness.OURS].flops > rows["base"].flops and rows[harness.OURS].flops == rows["eager"].flops
+        least = max(rows["base"].flops, rows["base"].bytes) / 1e3
+        assert rows["base"].of_roofline == pytest.approx(least / rows["base"].p50, rel=1e-2)
 
 
 def test_the_roofline_is_the_best_of_what_was_tried(monkeypatch):
