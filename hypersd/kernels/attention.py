@@ -236,7 +236,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         there are no keys. Inside torch.autocast everything is cast as for torch's attention.
 
     Few keys run here, many in torch.nn.functional.scaled_dot_product_attention: `explain` says which and why. Raises
-    TypeError for a dtype, ValueError for a shape or a device that does not fit, naming the argument.
+    TypeError for a dtype or what is no number, ValueError for a shape or a device that does not fit, naming the
+    argument.
     """
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() != 4 or k.dim() != 4:
         _check(q, k, v, scale)

@@ -411,6 +411,7 @@ def lora_conv2d(
     weight is.
     Differentiable in x, a and b; weight and bias are frozen and get no gradient. An adapter of another dtype than x is
     cast to x's, and its gradients come back in its own; torch.autocast is honoured.
-    Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
+    Raises TypeError for a dtype or what is no number, and ValueError for a shape, a device or a number that does not
+    fit, naming the argument.
     """
     return OP(*_arguments(x, weight, bias, a, b, scale, stride, padding))

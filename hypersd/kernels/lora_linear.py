@@ -354,6 +354,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     device; scale a float or a 0-d tensor (which stays on its device). Returns (..., out). Differentiable in x, a and b;
     weight and bias are frozen and get no gradient. An adapter kept in another dtype than x is cast to x's, and its
     gradients come back in its own; inside torch.autocast everything is cast as for torch.nn.functional.linear.
-    Raises TypeError for a dtype and ValueError for a shape or a device that does not fit, naming the argument.
+    Raises TypeError for a dtype or what is no number, and ValueError for a shape, a device or a number that does not
+    fit, naming the argument.
     """
     return OP(*_arguments(x, weight, bias, a, b, scale))

@@ -289,7 +289,8 @@ def norm_shrink(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         y of the shape and dtype of x, and S (..., r), both contiguous; differentiable once in x, weight, bias and a.
         Inside torch.autocast nothing is cast: both stay in x's dtype.
 
-    Raises TypeError for what is no floating-point tensor, ValueError for a shape or device that does not fit.
+    Raises TypeError for what is no floating-point tensor or no number, ValueError for a shape, device or number that
+    does not fit.
     """
     arguments = _arguments(x, weight, bias, eps, a)
     if isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
