@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/hypersd demo $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The C++ kernels under the address and undefined-behaviour sanitizers; says so and stops where the compiler has none.
 sanitize: $(STAMP)

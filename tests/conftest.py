@@ -16,6 +16,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
+# what takes longest comes first, so that no process is left alone with it at the end
+LONGEST = (
+    "test_interpreter.py", "test_demo.py", "test_cuda_emulated.py", "test_paper.py", "test_flow.py", "test_parallel.py",
+    "test_cpp_mutations.py", "test_cli.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers():
     """Numbers that a test draws without a generator of its own are the same in every run, whatever ran before it."""

@@ -168,7 +168,8 @@ def test_an_option_of_the_recipe_decides_guidance_and_work(embedded):
     assert work["encode pictures"] == 8 and work["tscd-2"] == 2 * 2 * 6  # teacher 2, target 1, student 1 + 2
     # fake score 1 + 3; 70 % of a batch: student 3, real, fake, anchor 4; the others a consistency loss
     assert work["dmd"] == pytest.approx(2 * (4 + 0.7 * 9 + 0.3 * 6))
-    assert work["feedback"] == 2 * 2 * (7 + 3 + 1)
+    # steps before the one with the gradient, the mean of roll-outs of 1, 2, 4 and 8; that one; the anchor
+    assert work["feedback"] == 2 * 2 * ((0 + 1 + 2.5 + 5.5) / 4 + 3 + 1)
     assert work["judge teacher"] == 50 * 100 and work["judge student/4"] == 400
 
 
