@@ -149,16 +149,20 @@ def comparison(
     """PNG: quality over sampling steps, a line a method, mean and standard deviation over the seeds.
 
     `strong`: the one that stands out. The teacher is a level across. The undistilled model's line may leave the
-    picture, and so may lines that are farther off than it at every number of steps: the others decide what is in it.
+    picture, and so may others where they are farther off than it is: the rest decides what is in it.
     """
-    sane = [line for line in lines.values() if not _is_worse(line, undistilled)]
     others = [name for name in lines if name != strong]
     styles = {strong: (theme.student, "o")}
     for number, name in enumerate(others):  # once the colours are used up, another marker goes round with them
         styles[name] = OTHERS[number % len(OTHERS)], MARKERS[number // len(OTHERS) % len(MARKERS)]
     with _figure((11, 3.9), theme) as (figure, buffer):
         for axes, (column, title) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
-            seen = [values for line in (*sane, teacher) for values in line.get(column, {}).values()]
+            seen = [
+                values
+                for line in (*lines.values(), teacher)
+                for steps, values in line.get(column, {}).items()
+                if not _is_worse(line, undistilled, steps)
+            ]
             for label, line in lines.items():
                 colour, marker = styles[label]
                 width = 2.2 if label == strong else 1.1
@@ -177,12 +181,10 @@ def comparison(
     return buffer.getvalue()
 
 
-def _is_worse(line: Line, than: Line) -> bool:
-    """Whether its Frechet distance is larger at every number of steps that both have."""
-    pairs = [
-        (line["frechet"][n], than["frechet"][n]) for n in set(line.get("frechet", ())) & set(than.get("frechet", ()))
-    ]
-    return bool(pairs) and all(np.mean(one) > np.mean(other) for one, other in pairs)
+def _is_worse(line: Line, than: Line, steps: int) -> bool:
+    """Whether its Frechet distance is larger at so many steps, where both have one."""
+    one, other = (each.get("frechet", {}).get(steps) for each in (line, than))
+    return one is not None and other is not None and bool(np.mean(one) > np.mean(other))
 
 
 def _legend_columns(labels: Sequence[str], width: float, most: int = 7) -> int:

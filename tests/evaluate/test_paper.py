@@ -256,12 +256,17 @@ def test_what_is_judged_by_stage_are_the_weights_of_that_stage(tmp_path: Path, m
     assert found == {False: "lora.safetensors", True: "lora-4step.safetensors"}
 
 
-def test_what_is_worse_than_nothing_does_not_set_the_scale() -> None:
+def test_what_is_worse_than_nothing_does_not_set_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     undistilled = {"frechet": {1: [40.0], 2: [7.0]}}
-    assert plots._is_worse({"frechet": {1: [140.0, 90.0], 2: [120.0]}}, undistilled)
-    for line in ({"frechet": {1: [140.0], 2: [6.0]}}, {"frechet": {4: [140.0]}}, {}):
-        assert not plots._is_worse(line, undistilled)
-    assert not plots._is_worse({"frechet": {1: [140.0]}}, {})
+    line = {"frechet": {1: [140.0, 90.0], 2: [6.0], 4: [140.0]}}
+    assert [plots._is_worse(line, undistilled, steps) for steps in (1, 2, 4, 8)] == [True, False, False, False]
+    assert not plots._is_worse({}, undistilled, 1) and not plots._is_worse(line, {}, 1)
+    shown: list[list[float]] = []
+    monkeypatch.setattr(plots, "_limits", lambda axes, values, logarithmic: shown.append(sorted(values)))
+    rest = {column: {1: [0.5], 2: [0.5]} for column in plots.COMPARED}
+    lines = {"good": rest | {"frechet": {1: [3.0], 2: [2.0]}}, "far": rest | {"frechet": {1: [900.0], 2: [2.5]}}}
+    plots.comparison(lines, rest | {"frechet": {25: [1.4]}}, undistilled)
+    assert shown[list(plots.COMPARED).index("frechet")] == [1.4, 2.0, 2.5, 3.0]
 
 
 def test_comparisons_need_only_what_lies_beside_the_rows(tmp_path: Path) -> None:
