@@ -56,7 +56,7 @@ from hypersd.sampling.timesteps import trailing
 
 VARIETY = (64, 4)  # captions, pictures of each
 CAPTIONS_SEED = 1  # every row is judged on the same captions; recipes were chosen on those of seed 0
-MAIN = {"unified": (), "tscd": ("tcd",)}  # what is compared, with these methods or with all others
+MAIN = {"unified": (), "tscd": ("tcd",)}  # what is compared, and with which methods; none named: with all others
 PAIRED = ("frechet", "alignment", "objects", "aesthetic")  # compared caption by caption
 RESAMPLES = 200  # of the Frechet distance; 1,000 of the others, which are means over the captions
 
@@ -244,9 +244,8 @@ class Paper:
         offered = [v for v in variants if "2" in v.tables and v.stages]
         found = {v.folder: {seed: self.comparable(v, seed) for seed in seeds} for v in offered}
         for main, other in product(offered, offered):
-            if main.method not in MAIN or other.method not in (MAIN[main.method] or {v.method for v in offered}):
-                continue
-            if main.method == other.method:
+            rivals = MAIN.get(main.method)
+            if rivals is None or main.method == other.method or (rivals and other.method not in rivals):
                 continue
             ours, theirs = found[main.folder], found[other.folder]
             for steps, column in product(sorted(set(main.steps) & set(other.steps)), PAIRED):
